@@ -1,0 +1,1 @@
+"""Barlow Twins, from unlabelled images to a served ONNX encoder."""

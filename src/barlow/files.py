@@ -1,0 +1,69 @@
+"""Files that are whole or absent, and the names of those that stages hand to each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+RAW = Path("data/raw")  # images that ingest made or downloaded; a user's own folder is read where it lies
+MANIFEST = Path("data/manifest.parquet")
+ACCEPTED = Path("data/accepted.parquet")
+QUARANTINE = Path("data/quarantine.csv")
+SHARDS = Path("data/shards")
+ENCODER = Path("models/encoder.safetensors")
+HEAD = Path("models/head.safetensors")
+ONNX = Path("models/encoder.onnx")
+REPORTS = Path("reports")
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on a clean exit fsync it and rename it over `path`, else remove it.
+
+    A reader, or a crash at any moment, sees the old file or the new one and never a part.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as sorted, indented JSON, whole or not at all; NaN and infinity are refused (ValueError)."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Return what `write_json` wrote."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def sha256(path: Path | str) -> str:
+    """Return the hex SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def cpus() -> int:
+    """Return the number of processors this process may use (its affinity mask, not the machine's count)."""
+    return len(os.sched_getaffinity(0))

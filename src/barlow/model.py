@@ -1,0 +1,111 @@
+"""The network: a torchvision ResNet, a bias-free projector, and the frozen encoder that evaluation and export share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet
+
+from barlow import files, params
+
+LAYERS = {"resnet10": [1, 1, 1, 1], "resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
+
+
+def backbone(model: params.Model) -> resnet.ResNet:
+    """Build a ResNet whose output is the pooled representation, float (batch, 512), or 2048 for resnet50.
+
+    Stems: `imagenet` is torchvision's 7x7 stride 2 with max-pool; `small` (3x3 stride 1, no pool) is the usual one
+    for 32-px images (SimCLR, appendix B.9); `stride` is 3x3 stride 2, a quarter of that one's cost.
+    """
+    block = resnet.Bottleneck if model.arch == "resnet50" else resnet.BasicBlock
+    network = resnet.ResNet(block, LAYERS[model.arch], zero_init_residual=False)
+    if model.stem != "imagenet":
+        stride = {"small": 1, "stride": 2}[model.stem]
+        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    network.dim = network.fc.in_features
+    network.fc = nn.Identity()
+    return network
+
+
+def projector(dim: int, sizes: tuple[int, ...]) -> nn.Sequential:
+    """Build the projector (paper, section 2.2): linear layers without bias, batch norm and ReLU between them."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in zip((dim, *sizes[:-2]), sizes[:-1], strict=True):
+        layers += [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear((dim, *sizes)[-2], sizes[-1], bias=False))
+
+
+class BarlowTwins(nn.Module):
+    """Backbone and projector, the f of the paper's figure 1: views (batch, 3, side, side) to embeddings (batch, D)."""
+
+    def __init__(self, model: params.Model) -> None:
+        super().__init__()
+        self.backbone = backbone(model)
+        self.projector = projector(self.backbone.dim, model.projector)
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Return the embeddings, (batch, D)."""
+        embeddings: Tensor = self.projector(self.backbone(views))
+        return embeddings
+
+
+class FrozenEncoder(nn.Module):
+    """What is evaluated, exported and served: uint8 images in, the backbone's representation out.
+
+    Resize and normalisation are inside, so that no user of the encoder can get them wrong. The whole image is
+    resized to `views.size` squared (bilinear, antialiased): nothing of it is cut away.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: params.Model, views: params.Views) -> None:
+        super().__init__()
+        self.size = views.size
+        self.backbone = backbone(model)
+        self.register_buffer("mean", 255 * torch.tensor(views.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(views.std)[:, None, None], persistent=False)
+        self.eval().requires_grad_(False)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Turn uint8 (batch, height, width, 3) into normalised float32 (batch, 3, size, size)."""
+        pixels = images.permute(0, 3, 1, 2).float()
+        pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
+        return (pixels - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the representation of uint8 images (batch, height, width, 3): float32 (batch, dim)."""
+        representation: Tensor = self.backbone(self.preprocess(images))
+        return representation
+
+
+def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors as safetensors with JSON metadata, whole or not at all."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(save(contiguous, {"barlow": json.dumps(metadata, sort_keys=True)}))
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_weights` wrote: (tensors, metadata)."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["barlow"])  # noqa: SIM118
+
+
+def load_encoder(path: Path = files.ENCODER) -> tuple[FrozenEncoder, dict[str, Any]]:
+    """Rebuild the frozen encoder from its weights alone; the metadata carries `model` and `views`."""
+    tensors, metadata = load_weights(path)
+    model = params.build(params.Model, metadata["model"], str(path), "model")
+    views = params.build(params.Views, metadata["views"], str(path), "views")
+    encoder = FrozenEncoder(model, views)
+    encoder.backbone.load_state_dict(tensors)
+    return encoder, metadata
