@@ -1,0 +1,74 @@
+"""LARS (You et al., arXiv 1708.03888) by the rule of the official Barlow Twins code, multi-tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling.
+
+    For a parameter w with gradient g: d = g + weight_decay * w, scaled by trust_coefficient * |w| / |d| (by 1 where
+    either norm is 0); then m = momentum * m + d and w -= lr * m. Parameters with ndim <= 1 (biases, norms) take
+    neither decay nor scaling. Each setting may differ by parameter group. One fused launch per operation and group,
+    and no value is read back from the device.
+
+    Raises:
+        ValueError: a setting is negative.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        settings = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+        }
+        for name, value in settings.items():
+            if value < 0:
+                raise ValueError(f"{name}={value} is negative; it must be at least 0")
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            with_gradient = [w for w in group["params"] if w.grad is not None]
+            for adapt in (True, False):
+                weights = [w for w in with_gradient if (w.ndim > 1) == adapt]
+                if weights:
+                    self._update(weights, group, adapt)
+        return loss
+
+    def _update(self, weights: list[Tensor], group: dict[str, Any], adapt: bool) -> None:
+        updates: list[Tensor] = [w.grad for w in weights if w.grad is not None]
+        if adapt:
+            updates = list(torch._foreach_add(updates, weights, alpha=group["weight_decay"]))
+            w_norm = torch.stack(torch._foreach_norm(weights))
+            d_norm = torch.stack(torch._foreach_norm(updates))
+            trust = group["trust_coefficient"] * w_norm / d_norm
+            trust = torch.where((w_norm > 0) & (d_norm > 0), trust, 1.0)
+            torch._foreach_mul_(updates, list(trust.unbind()))
+        for w in weights:
+            if "momentum_buffer" not in self.state[w]:
+                self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+        buffers = [self.state[w]["momentum_buffer"] for w in weights]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_add_(weights, buffers, alpha=-group["lr"])

@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from barlow import loss
+from barlow.loss import barlow_twins_loss, cross_correlation
+
+SIZES = [(8, 16), (8, 128), (64, 16), (64, 512), (256, 16), (256, 1024)]
+
+
+def paper_loss(z_a, z_b, lambd):
+    """The paper's pseudo-code (algorithm 1), with batch norm's normalisation."""
+    n, dim = z_a.shape
+    z_a_norm, z_b_norm = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z_a, z_b))
+    c = z_a_norm.T @ z_b_norm / n
+    c_diff = (c - torch.eye(dim, dtype=c.dtype)).square()
+    weights = torch.where(torch.eye(dim, dtype=torch.bool), 1.0, lambd)
+    return (weights * c_diff).sum()
+
+
+def embeddings(n, dim, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(n, dim, generator=generator)
+    return [(shared + 0.5 * torch.randn(n, dim, generator=generator)) * 3 + 1 for _ in range(2)]
+
+
+def gradients(function, *views):
+    views = [view.detach().clone().requires_grad_() for view in views]
+    total = function(*views)
+    total.backward()
+    return total.detach(), torch.cat([view.grad for view in views])
+
+
+@pytest.mark.parametrize("form", ["_direct", "_dual"])
+@pytest.mark.parametrize(("n", "dim"), SIZES)
+def test_both_forms_equal_the_paper_in_float64(monkeypatch, form, n, dim):
+    monkeypatch.setattr(loss, "_direct", getattr(loss, form))
+    monkeypatch.setattr(loss, "_dual", getattr(loss, form))
+    z_a, z_b = embeddings(n, dim)
+    expected, expected_gradient = gradients(lambda a, b: paper_loss(a, b, 0.0051), z_a.double(), z_b.double())
+    total, gradient = gradients(lambda a, b: barlow_twins_loss(a, b, 0.0051).total, z_a, z_b)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (gradient - expected_gradient).norm() / expected_gradient.norm() < 2e-6
+
+
+def test_terms_add_up_and_are_those_of_the_matrix():
+    z_a, z_b = embeddings(32, 64)
+    total, on_diagonal, off_diagonal = barlow_twins_loss(z_a, z_b, 0.1)
+    c = cross_correlation(z_a, z_b)
+    assert on_diagonal.item() == pytest.approx((1 - c.diagonal()).square().sum().item(), rel=1e-4)
+    assert off_diagonal.item() == pytest.approx((c - c.diagonal().diag()).square().sum().item(), rel=1e-4)
+    assert total.item() == pytest.approx((on_diagonal + 0.1 * off_diagonal).item())
+
+
+def test_cross_correlation_equals_numpy():
+    import numpy as np
+
+    z_a, z_b = embeddings(200, 5)
+    expected = np.corrcoef(z_a.T, z_b.T)[:5, 5:]
+    assert np.allclose(cross_correlation(z_a, z_b), expected, atol=1e-4)
+
+
+def test_each_view_is_normalised_by_itself():
+    z, _ = embeddings(16, 32)
+    assert barlow_twins_loss(z, 2 * z + 4, 0.0051).total.item() == pytest.approx(
+        barlow_twins_loss(z, z, 0.0051).total.item(), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("n", [2, 8, 64])
+def test_constant_feature_is_finite(n):
+    z_a, z_b = embeddings(n, 32)
+    z_a[:, 0] = z_b[:, 3] = 7.0
+    total, gradient = gradients(lambda a, b: barlow_twins_loss(a, b, 0.0051).total, z_a, z_b)
+    assert total.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_float32_under_autocast():
+    z_a, z_b = embeddings(64, 128)
+    expected = barlow_twins_loss(z_a, z_b, 0.0051).total
+    with torch.autocast("cpu", torch.bfloat16):
+        total = barlow_twins_loss(z_a, z_b, 0.0051).total
+    assert total.dtype == torch.float32
+    assert total.item() == expected.item()
+
+
+def test_form_is_chosen_by_the_smaller_of_batch_and_dimension(monkeypatch):
+    called = []
+    for form in ("_direct", "_dual"):
+        monkeypatch.setattr(loss, form, lambda *_, form=form: called.append(form) or (torch.zeros(()),) * 2)
+    for n, dim in [(8, 16), (16, 8)]:
+        barlow_twins_loss(*embeddings(n, dim), 0.1)
+    assert called == ["_dual", "_direct"]
+
+
+@pytest.mark.parametrize(("shape_a", "shape_b"), [((4, 3), (4, 2)), ((4, 3), (5, 3)), ((4,), (4,))])
+def test_shapes_must_agree(shape_a, shape_b):
+    with pytest.raises(ValueError, match=r"both must be \(batch, dim\)"):
+        barlow_twins_loss(torch.zeros(shape_a), torch.zeros(shape_b), 0.1)
+
+
+def test_one_sample_cannot_be_normalised():
+    with pytest.raises(ValueError, match="at least 2"):
+        barlow_twins_loss(torch.zeros(1, 3), torch.zeros(1, 3), 0.1)
