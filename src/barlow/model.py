@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torchvision.models import resnet
 
 from barlow import files, params
@@ -39,23 +40,22 @@ def backbone(model: params.Model) -> resnet.ResNet:
 def projector(dim: int, sizes: tuple[int, ...]) -> nn.Sequential:
     """Build the projector (paper, section 2.2): linear layers without bias, batch norm and ReLU between them."""
     layers: list[nn.Module] = []
-    for n_in, n_out in zip((dim, *sizes[:-2]), sizes[:-1], strict=True):
+    for n_in, n_out in pairwise((dim, *sizes[:-1])):
         layers += [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear((dim, *sizes)[-2], sizes[-1], bias=False))
 
 
 class BarlowTwins(nn.Module):
-    """Backbone and projector, the f of the paper's figure 1: views (batch, 3, side, side) to embeddings (batch, D)."""
+    """Backbone and projector, the f of the paper's figure 1; both views go through it in one forward pass."""
 
     def __init__(self, model: params.Model) -> None:
         super().__init__()
         self.backbone = backbone(model)
         self.projector = projector(self.backbone.dim, model.projector)
 
-    def forward(self, views: Tensor) -> Tensor:
-        """Return the embeddings, (batch, D)."""
-        embeddings: Tensor = self.projector(self.backbone(views))
-        return embeddings
+    def forward(self, view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn two views (batch, 3, side, side) into embeddings (batch, D); batch norm sees one view at a time."""
+        return self.projector(self.backbone(view_a)), self.projector(self.backbone(view_b))
 
 
 class FrozenEncoder(nn.Module):
@@ -79,7 +79,7 @@ class FrozenEncoder(nn.Module):
     def preprocess(self, images: Tensor) -> Tensor:
         """Turn uint8 (batch, height, width, 3) into normalised float32 (batch, 3, size, size)."""
         pixels = images.permute(0, 3, 1, 2).float()
-        pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
+        pixels = functional.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
         return (pixels - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
