@@ -1,0 +1,143 @@
+"""`barlow evaluate`: what the frozen encoder is worth, against a random one of the same shape.
+
+Reads models/encoder.safetensors and data/shards/{train,val,test}-*.tar. Writes reports/evaluate.json,
+reports/confusion.csv, models/head.safetensors (the linear probe, which `export` puts into the ONNX file) and
+data/features.safetensors (the test images' features and predictions, for the report).
+
+Protocol: features are the backbone's, of the whole image resized, with no augmentation. The probe's l2 is chosen on
+val; the probe and kNN learn from train alone; test is predicted once. Without labels only the health figures remain.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from barlow import files, images, model, probe, shards, summary
+from barlow.params import Evaluate, Params, Views
+from barlow.views import TwinViews
+
+FEATURES = Path("data/features.safetensors")
+CONFUSION = files.REPORTS / "confusion.csv"
+CHUNK = 256  # images decoded and embedded at a time
+MIN_HEALTH_IMAGES = 100  # in val; with fewer the health figures come from pretrain
+HEALTH_IMAGES = 2000  # that the health figures look at; pairwise distances cost its square
+
+
+class Split(NamedTuple):
+    """The labelled images of a split as the encoder sees them."""
+
+    features: Tensor  # float32 (n, dim)
+    labels: Tensor  # int64 (n,)
+    keys: list[str]
+
+
+class Scores(NamedTuple):
+    """What the labelled splits say of an encoder; empty where one of them has no labels."""
+
+    metrics: dict[str, float]
+    head: dict[str, Tensor]  # weight (classes, dim) and bias (classes,) of the linear probe
+    predictions: Tensor  # int64 (test images,), the linear probe's
+
+
+def run(params: Params) -> None:
+    """Evaluate the pretrained and the random encoder, write the figures and print them as a table.
+
+    Raises:
+        UserError: there is no encoder, or no shards.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = model.load_encoder()[0].to(device)
+    torch.manual_seed(params.evaluate.seed)
+    random = model.FrozenEncoder(params.model, params.views).to(device)
+    classes = shards.classes()
+
+    metrics: dict[str, float] = {"classes": len(classes)}
+    for prefix, network in {"random_": random, "": encoder}.items():
+        splits = {name: embed(network, shards.tars(name), device) for name in ("train", "val", "test")}
+        scores = score(splits, len(classes), params.evaluate)
+        figures = scores.metrics | health(network, params.views, params.evaluate.seed, device)
+        metrics |= {prefix + name: value for name, value in figures.items()}
+    metrics |= {f"{name}_images": len(split.keys) for name, split in splits.items()}
+
+    test = splits["test"]
+    model.save_weights(files.HEAD, scores.head, {"classes": classes if scores.head else []})
+    tensors = {"features": test.features, "labels": test.labels, "predictions": scores.predictions}
+    model.save_weights(FEATURES, tensors, {"keys": test.keys, "classes": classes})
+    with files.replacing(CONFUSION) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["actual", "predicted"])
+        for pair in zip(test.labels.tolist(), scores.predictions.tolist(), strict=False):
+            rows.writerow(classes[i] for i in pair)
+    files.write_json(files.REPORTS / "evaluate.json", metrics)
+    print(summary.table(metrics))
+
+
+def embed(encoder: model.FrozenEncoder, tars: list[Path], device: torch.device) -> Split:
+    """Embed the labelled images of `tars`."""
+    labelled = (sample for sample in shards.read(tars) if sample.label >= 0)
+    features, labels, keys = [torch.zeros(0, encoder.backbone.dim)], list[int](), list[str]()
+    for samples, pixels in decoded(labelled, encoder, device):
+        with torch.inference_mode():
+            features.append(encoder.backbone(pixels).float().cpu())
+        labels += [sample.label for sample in samples]
+        keys += [sample.key for sample in samples]
+    return Split(torch.cat(features).clone(), torch.tensor(labels, dtype=torch.long), keys)
+
+
+def decoded(
+    samples: Iterator[shards.Sample], encoder: model.FrozenEncoder, device: torch.device
+) -> Iterator[tuple[list[shards.Sample], Tensor]]:
+    """Yield chunks of samples with their preprocessed pixels, float32 (chunk, 3, size, size)."""
+
+    def preprocess(sample: shards.Sample) -> Tensor:
+        return encoder.preprocess(torch.tensor(images.decode(sample.data))[None].to(device))
+
+    with ThreadPoolExecutor(files.cpus()) as pool:
+        while chunk := list(islice(samples, CHUNK)):
+            yield chunk, torch.cat(list(pool.map(preprocess, chunk)))
+
+
+def score(splits: dict[str, Split], classes: int, p: Evaluate) -> Scores:
+    """Fit the probe and kNN on train, choose on val, and read test once."""
+    if not all(len(split.keys) for split in splits.values()):
+        return Scores({}, {}, torch.zeros(0, dtype=torch.long))
+    train, val, test = ((split.features, split.labels) for split in splits.values())
+    weight, bias, l2 = probe.choose_linear(train, val, classes, p.probe_l2)
+    predictions = (test[0] @ weight.T + bias).argmax(1)
+    neighbours = probe.knn(test[0], *train, classes, p.knn_k, p.knn_temperature).argmax(1)
+    metrics = {"linear_l2": l2}
+    for name, predicted in {"linear": predictions, "knn": neighbours}.items():
+        top1 = probe.accuracy(predicted, test[1])
+        low, high = probe.wilson_interval(top1, len(predicted))
+        metrics |= {f"{name}_top1": top1, f"{name}_top1_low": low, f"{name}_top1_high": high}
+    return Scores(metrics, {"weight": weight, "bias": bias}, predictions)
+
+
+def health(encoder: model.FrozenEncoder, views: Views, seed: int, device: torch.device) -> dict[str, float]:
+    """Return what needs no label, from up to 2,000 images held out, or trained on where too few are held out."""
+    tars = shards.tars("val")
+    if shards.count(tars) < MIN_HEALTH_IMAGES:
+        tars = shards.tars("pretrain")
+    with torch.inference_mode():
+        chunks = decoded(islice(shards.read(tars), HEALTH_IMAGES), encoder, device)
+        features = torch.cat([encoder.backbone(pixels) for _, pixels in chunks]).cpu()
+        batch = min(len(features), CHUNK)
+        twins = islice(TwinViews(tars, views, batch, seed), max(len(features) // batch, 1))
+        pairs = [[encoder.backbone(view.to(device)).cpu() for view in pair] for pair in twins]
+        view_a, view_b = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return {
+        "health_images": len(features),
+        "effective_rank": probe.effective_rank(features),
+        "feature_std": float(functional.normalize(features).std(0).mean() * features.shape[1] ** 0.5),
+        "alignment": probe.alignment(view_a, view_b),
+        "uniformity": probe.uniformity(features),
+    }

@@ -1,0 +1,80 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from barlow import probe
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 12, generator=generator)
+    labels = torch.randint(4, (400,), generator=generator)
+    features = (centres[labels] + 1.2 * torch.randn(400, 12, generator=generator)) * torch.linspace(0.1, 5, 12) + 2
+    return (features[:300], labels[:300]), (features[300:], labels[300:])
+
+
+@pytest.mark.parametrize("l2", [1e-3, 1e-1])
+def test_linear_equals_scikit_learn(data, l2):
+    (x, y), (x_test, _) = data
+    weight, bias = probe.fit_linear(x, y, 4, l2)
+    mean, deviation = x.mean(0), x.std(0, correction=0)
+    oracle = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=10_000).fit((x - mean) / deviation, y)
+    expected = oracle.predict_proba((x_test - mean) / deviation)
+    np.testing.assert_allclose((x_test @ weight.T + bias).softmax(1), expected, atol=2e-3)
+
+
+def test_linear_is_chosen_on_val_alone(data):
+    train, val = data
+    weight, bias, l2 = probe.choose_linear(train, val, 4, (1e-4, 1e3))
+    assert l2 == 1e-4  # the other one shrinks all weights to nothing
+    assert probe.accuracy((val[0] @ weight.T + bias).argmax(1), val[1]) > 60
+
+
+def test_knn_equals_scikit_learn(data):
+    (x, y), (x_test, _) = data
+    oracle = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d) / 0.1), metric="cosine").fit(x, y)
+    scores = probe.knn(x_test, x, y, 4, 20, 0.1)
+    np.testing.assert_allclose(scores / scores.sum(1, keepdim=True), oracle.predict_proba(x_test), atol=1e-4)
+
+
+def test_knn_with_fewer_images_than_k(data):
+    (x, y), (x_test, _) = data
+    assert probe.knn(x_test, x[:3], y[:3], 4, 20, 0.1).shape == (100, 4)
+
+
+def test_accuracy_in_percent():
+    assert probe.accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 0])) == 75
+
+
+def test_wilson_interval_equals_the_published_example():
+    low, high = probe.wilson_interval(100 * 81 / 263, 263)  # Newcombe, 1998, table I
+    assert (round(low / 100, 4), round(high / 100, 4)) == (0.2553, 0.3662)
+
+
+@pytest.mark.parametrize("percent", [0, 100])
+def test_wilson_interval_at_the_ends(percent):
+    low, high = probe.wilson_interval(percent, 50)
+    assert low <= percent + 1e-9
+    assert high >= percent - 1e-9
+    assert 0 <= low < high <= 100
+    assert high - low > 5
+
+
+def test_effective_rank():
+    orthogonal = torch.linalg.qr(torch.randn(50, 8, generator=torch.Generator().manual_seed(0))).Q
+    assert probe.effective_rank(orthogonal) == pytest.approx(8, rel=1e-3)
+    assert probe.effective_rank(torch.ones(50, 8)) == pytest.approx(1, rel=1e-3)
+
+
+def test_alignment_and_uniformity_of_known_points():
+    x = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    assert probe.alignment(x, 5 * x) == pytest.approx(0, abs=1e-12)
+    assert probe.alignment(x, -x) == pytest.approx(4)
+    assert probe.uniformity(x) == pytest.approx(-4)  # one pair at squared distance 2
+    ring = torch.tensor([[math.cos(t), math.sin(t)] for t in (0, 2, 4)])
+    assert probe.uniformity(ring) < probe.uniformity(torch.tensor([[1.0, 0], [1, 0.1], [1, -0.1]]))
