@@ -1,0 +1,49 @@
+"""`barlow preset NAME`: merge presets/NAME.yaml into params.yaml, comments kept, and print what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from barlow import files, params
+from barlow.errors import UserError
+
+FOLDER = Path("presets")
+
+
+def run(name: str) -> None:
+    """Merge a preset in; the file is written only if the result is valid.
+
+    Raises:
+        UserError: there is no such preset, or with it params.yaml would not be valid.
+    """
+    known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"preset {name!r} is not in {FOLDER}/; there are: {', '.join(known) or 'none'}")
+    params.load()
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, 120
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
+    document = yaml.load(params.PARAMS)
+    changes = list(merge(document, params.read_yaml(FOLDER / f"{name}.yaml"), ""))
+    with files.replacing(params.PARAMS) as temporary:
+        yaml.dump(document, temporary)
+        params.load(temporary)
+    print("\n".join(changes) or f"params.yaml already has all of {name}")
+
+
+def merge(document: Any, overlay: dict[str, Any], prefix: str) -> Iterator[str]:
+    """Overwrite the leaves of `overlay` in `document`; yield a line for each that was another value."""
+    for key, value in overlay.items():
+        if isinstance(value, dict) and isinstance(document.get(key), dict):
+            yield from merge(document[key], value, f"{prefix}{key}.")
+        elif document.get(key) != value:
+            yield f"{prefix}{key}: {document.get(key)} -> {value}"
+            if isinstance(value, list) and isinstance(document.get(key), list):
+                document[key][:] = value  # in place: the list keeps its one-line style and its comment
+            else:
+                document[key] = value

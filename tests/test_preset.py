@@ -1,0 +1,58 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from barlow import params, preset
+from barlow.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def project(request, tmp_path, monkeypatch):
+    root = request.config.rootpath
+    shutil.copy(root / "params.yaml", tmp_path)
+    shutil.copytree(root / "presets", tmp_path / "presets")
+    monkeypatch.chdir(tmp_path)
+
+
+def comments():
+    return [line.partition("#")[2] for line in Path("params.yaml").read_text().splitlines() if "#" in line]
+
+
+@pytest.mark.parametrize("name", ["smoke", "cifar10", "imagenet"])
+def test_a_preset_is_merged_and_valid(name):
+    before = params.read_yaml("params.yaml")
+    preset.run(name)
+    after, overlay = params.read_yaml("params.yaml"), params.read_yaml(f"presets/{name}.yaml")
+    params.load()
+    for section, values in before.items():
+        for key, value in values.items():
+            wanted = overlay.get(section, {}).get(key, value)
+            assert after[section][key] == (value | wanted if isinstance(value, dict) else wanted)
+
+
+def test_what_changed_is_printed_and_comments_stay(capsys):
+    before = comments()
+    preset.run("cifar10")
+    out = capsys.readouterr().out
+    assert "pretrain.epochs: 10 -> 1000" in out
+    assert "data.source: synthetic -> torchvision:CIFAR10" in out
+    assert comments() == before
+    assert "max_side: null" in Path("params.yaml").read_text()
+    preset.run("cifar10")
+    assert capsys.readouterr().out == "params.yaml already has all of cifar10\n"
+
+
+def test_an_unknown_preset():
+    with pytest.raises(UserError, match="preset 'cifar' is not in presets/; there are: cifar10, imagenet, smoke"):
+        preset.run("cifar")
+
+
+def test_a_preset_that_would_break_the_params_changes_nothing(tmp_path):
+    before = (tmp_path / "params.yaml").read_bytes()
+    (tmp_path / "presets/bad.yaml").write_text(yaml.safe_dump({"pretrain": {"epochs": 0}}))
+    with pytest.raises(UserError, match=r"pretrain.epochs=0"):
+        preset.run("bad")
+    assert (tmp_path / "params.yaml").read_bytes() == before
+    assert not list(tmp_path.glob(".params*"))
