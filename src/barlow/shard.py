@@ -1,0 +1,158 @@
+"""`barlow shard`: pack the accepted images into WebDataset tars, each split shuffled once over all of its images.
+
+Reads data/accepted.parquet and the images. Writes data/shards/{pretrain,train,val,test}-NNNNNN.tar, an .idx beside
+each, and classes.json. `pretrain` holds whatever may be looked at without labels, so the images of train as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from barlow import files, images, manifest, shards
+from barlow.errors import UserError
+from barlow.params import Params
+
+# What DALI decodes to the same pixels as `images.decode`, in modes L and RGB. MPO is a JPEG with more images behind it.
+KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+class Source(NamedTuple):
+    """An image to pack: columns of the manifest, with the class as an index."""
+
+    path: str
+    sha256: str
+    format: str
+    mode: str
+    width: int
+    height: int
+    bytes: int
+    split: str
+    label: int
+
+
+def run(params: Params) -> None:
+    """Pack data/accepted.parquet; data/shards is complete afterwards, or as it was.
+
+    Raises:
+        UserError: there is nothing to pretrain on, or an image is gone or not the one that was ingested.
+    """
+    sources, classes = read_sources()
+    root = manifest.root(params.data)
+    tars = plan(sources, params.shard.seed, params.shard.max_bytes)
+    if not any(name.startswith("pretrain") for name in tars):
+        raise UserError(
+            f"{files.ACCEPTED} has no image of the splits pretrain and train, so there is nothing to pretrain on; "
+            f"add images to data.source={params.data.source!r}"
+        )
+    folder = files.SHARDS.with_name(f".{files.SHARDS.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        files.write_json(folder / shards.CLASSES, classes)
+        pack_all({folder / name: chunk for name, chunk in tars.items()}, root, params.shard.max_side)
+        shutil.rmtree(files.SHARDS, ignore_errors=True)
+        folder.rename(files.SHARDS)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_sources(path: Path = files.ACCEPTED) -> tuple[list[Source], list[str]]:
+    """Return the accepted images, and the sorted class names that their labels are indexes of."""
+    if not path.exists():
+        raise UserError(f"{path} is missing; run `barlow validate` first")
+    columns: dict[str, list[Any]] = manifest.read(path).select(Source._fields).to_pydict()
+    classes = sorted(set(columns["label"]) - {None})
+    indexes = {None: -1} | {name: i for i, name in enumerate(classes)}
+    columns["label"] = [indexes[name] for name in columns["label"]]
+    return [Source(*row) for row in zip(*columns.values(), strict=True)], classes
+
+
+def plan(sources: Iterable[Source], seed: int, max_bytes: int) -> dict[str, list[Source]]:
+    """Return what each tar holds, by its name: the same for the same images, in whatever order they come."""
+    splits: dict[str, list[Source]] = {split: [] for split in manifest.SPLITS}
+    for source in sorted(sources, key=lambda source: (source.sha256, source.path)):
+        if source.split in ("pretrain", "train"):
+            splits["pretrain"].append(source._replace(label=-1))
+        if source.split != "pretrain":
+            splits[source.split].append(source)
+    tars = {}
+    for split, members in splits.items():
+        order = np.random.default_rng(seed).permutation(len(members))
+        for i, chunk in enumerate(_cut([members[j] for j in order], max_bytes)):
+            tars[f"{split}-{i:06d}.tar"] = chunk
+    return tars
+
+
+def _cut(sources: list[Source], max_bytes: int) -> Iterator[list[Source]]:
+    """Yield runs of at most `max_bytes` of images as ingested; a larger image is a run of its own."""
+    chunk: list[Source] = []
+    total = 0
+    for source in sources:
+        if chunk and total + source.bytes > max_bytes:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(source)
+        total += source.bytes
+    if chunk:
+        yield chunk
+
+
+def pack_all(tars: dict[Path, list[Source]], root: Path, max_side: int | None) -> None:
+    """Write all tars, a process each; the number of processes changes nothing in them."""
+    with (
+        # Not fork: torch, tqdm or a test runner may have started threads in this process.
+        ProcessPoolExecutor(files.cpus(), get_context("forkserver")) as pool,
+        tqdm(total=sum(map(len, tars.values())), desc="shard", unit="image", disable=None) as progress,
+    ):
+        jobs = {pool.submit(pack, path, chunk, root, max_side): len(chunk) for path, chunk in tars.items()}
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                progress.update(jobs[job])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def pack(path: Path, sources: list[Source], root: Path, max_side: int | None) -> None:
+    """Write one tar."""
+    shards.write(path, (sample(source, root, max_side) for source in sources))
+
+
+def sample(source: Source, root: Path, max_side: int | None) -> shards.Sample:
+    """Read one image: its own bytes, unless it has to be shrunk or DALI would decode it differently.
+
+    Raises:
+        UserError: the file is gone or not the one that was ingested.
+    """
+    try:
+        data = (root / source.path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{root / source.path} cannot be read ({error.strerror}); run ingest again") from None
+    if hashlib.sha256(data).hexdigest() != source.sha256:
+        raise UserError(f"{root / source.path} has changed since ingest; run ingest again")
+    if max_side is not None and max(source.width, source.height) > max_side:
+        image = Image.fromarray(images.decode(data))
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        data, extension = _encode(image, "JPEG", quality=95, subsampling=0), "jpg"
+    elif source.format in KEPT and source.mode in ("L", "RGB"):
+        extension = KEPT[source.format]
+    else:
+        data, extension = _encode(Image.fromarray(images.decode(data)), "PNG"), "png"
+    return shards.Sample(source.sha256[:24], data, extension, source.label)
+
+
+def _encode(image: Image.Image, form: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()

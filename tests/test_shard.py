@@ -1,0 +1,218 @@
+import hashlib
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from nvidia.dali import fn, pipeline_def, types
+from PIL import Image
+
+from barlow import files, images, manifest, shard, shards
+from barlow.errors import UserError
+
+
+def picture(seed=0, width=57, height=41, mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encode(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def source(data, path="x", split="pretrain", label=-1):
+    image = Image.open(io.BytesIO(data))
+    facts = (image.format, image.mode, image.width, image.height, len(data))
+    return shard.Source(path, hashlib.sha256(data).hexdigest(), *facts, split, label)
+
+
+def dali_decode(data):
+    @pipeline_def
+    def pipeline():
+        return fn.decoders.image(fn.external_source(lambda: [np.frombuffer(data, np.uint8)]), output_type=types.RGB)
+
+    (tensors,) = pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1).run()
+    return np.asarray(tensors[0])
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """`data(rows)` makes a project of images (path, split, class) and returns what was written, by path."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(rows):
+        content = {path: encode(picture(i), "JPEG") for i, (path, _, _) in enumerate(rows)}
+        table = []
+        for path, split, name in rows:
+            (files.RAW / path).parent.mkdir(parents=True, exist_ok=True)
+            (files.RAW / path).write_bytes(content[path])
+            row = dict.fromkeys(manifest.SCHEMA.names) | source(content[path], path, split)._asdict() | {"label": name}
+            table.append(row)
+        manifest.write(pa.Table.from_pylist(table, manifest.SCHEMA), files.ACCEPTED)
+        return content
+
+    return make
+
+
+ROWS = [(f"u/{i}.jpg", "pretrain", None) for i in range(12)]
+ROWS += [(f"{split}/{i}.jpg", split, "ab"[i % 2]) for split in ("train", "val", "test") for i in range(4)]
+
+
+def test_run_packs_each_split(data, smoke):
+    content = data([*ROWS, ("test/none.jpg", "test", None)])
+    files.SHARDS.mkdir()
+    (files.SHARDS / "pretrain-000007.tar").touch()  # of an earlier run
+    shard.run(smoke)
+
+    names = ["classes.json"] + [f"{split}-000000.{suffix}" for split in manifest.SPLITS for suffix in ("tar", "idx")]
+    assert sorted(path.name for path in files.SHARDS.iterdir()) == sorted(names)
+    assert [path.name for path in files.SHARDS.parent.iterdir() if path.name.startswith(".")] == []
+    assert shards.classes() == ["a", "b"]
+
+    paths = {hashlib.sha256(image).hexdigest()[:24]: path for path, image in content.items()}
+    packed = {split: list(shards.read(shards.tars(split))) for split in manifest.SPLITS}
+    assert all(sample.data == content[paths[sample.key]] for split in packed.values() for sample in split)
+    labels = {split: {paths[sample.key]: sample.label for sample in packed[split]} for split in packed}
+    unlabelled = [path for path, split, _ in ROWS if split in ("pretrain", "train")]
+    assert labels["pretrain"] == dict.fromkeys(unlabelled, -1)
+    for split in ("train", "val"):
+        assert labels[split] == {f"{split}/{i}.jpg": i % 2 for i in range(4)}
+    assert labels["test"] == {f"test/{i}.jpg": i % 2 for i in range(4)} | {"test/none.jpg": -1}
+    assert [len(split) for split in packed.values()] == [16, 4, 4, 5]
+
+
+def test_run_without_labels(data, smoke):
+    data(ROWS[:3])
+    shard.run(smoke)
+    assert shards.classes() == []
+    assert [shards.count(shards.tars(split)) for split in manifest.SPLITS] == [3, 0, 0, 0]
+
+
+def test_any_number_of_processes_writes_the_same_bytes(data, smoke, change, monkeypatch):
+    data(ROWS)
+    digests = []
+    for processes in (1, 3):
+        monkeypatch.setattr(files, "cpus", lambda n=processes: n)
+        shard.run(change(smoke, "shard", max_bytes=4000))
+        digests.append({path.name: files.sha256(path) for path in files.SHARDS.iterdir()})
+    assert len(digests[0]) > 12
+    assert digests[0] == digests[1]
+
+
+def sources(n=200, size=1000):
+    return [
+        shard.Source(f"{i}.jpg", hashlib.sha256(bytes([i])).hexdigest(), "JPEG", "RGB", 32, 32, size, "pretrain", -1)
+        for i in range(n)
+    ]
+
+
+def test_order_is_a_permutation_of_the_seed_alone():
+    (a,), (b,), (other,) = (
+        shard.plan(members, seed, 10**9).values()
+        for members, seed in [(sources(), 0), (reversed(sources()), 0), (sources(), 1)]
+    )
+    assert a == b
+    assert a != other
+    assert set(a) == set(other) == set(sources())
+    ranks = np.argsort(np.argsort([s.sha256 for s in a]))
+    assert abs(np.corrcoef(ranks, np.arange(200))[0, 1]) < 0.2
+    assert abs(np.corrcoef(ranks, np.argsort(np.argsort([int(s.path[:-4]) for s in a])))[0, 1]) < 0.2
+
+
+def test_a_tar_holds_at_most_max_bytes_or_one_image():
+    tars = shard.plan([*sources(10), sources(11)[10]._replace(bytes=9000)], 0, 3500)
+    sizes = [[s.bytes for s in tar] for tar in tars.values()]
+    assert sum(map(len, sizes)) == 11
+    assert all(sum(tar) <= 3500 or tar == [9000] for tar in sizes)
+    assert len(sizes) <= 6
+    assert list(tars) == [f"pretrain-{i:06d}.tar" for i in range(len(sizes))]
+    assert len(shard.plan(sources(10), 0, 10_000)) == 1
+
+
+def cases():
+    for mode in ("L", "RGB"):
+        yield "keep", f"jpeg-{mode}", encode(picture(mode=mode), "JPEG", quality=85)
+        yield (
+            "keep",
+            f"jpeg-{mode}-progressive-444",
+            encode(picture(mode=mode), "JPEG", progressive=True, subsampling=0),
+        )
+        yield "keep", f"png-{mode}", encode(picture(mode=mode), "PNG")
+        yield "keep", f"webp-{mode}", encode(picture(mode=mode), "WEBP")
+        yield "keep", f"webp-{mode}-lossless", encode(picture(mode=mode), "WEBP", lossless=True)
+        yield "change", f"bmp-{mode}", encode(picture(mode=mode), "BMP")
+        yield "change", f"tiff-{mode}-lzw", encode(picture(mode=mode), "TIFF", compression="tiff_lzw")
+    yield "keep", "mpo", encode(picture(), "MPO", save_all=True, append_images=[picture(1)])
+    yield "keep", "webp-animated", encode(picture(), "WEBP", save_all=True, append_images=[picture(1)])
+    yield "change", "png-16", encode(Image.fromarray(np.arange(0, 60000, 20, dtype=np.uint16).reshape(50, 60)), "PNG")
+    transparent = picture()
+    transparent.putalpha(picture(1, mode="L"))
+    yield "change", "webp-RGBA", encode(transparent, "WEBP")
+    yield "change", "png-RGBA", encode(transparent, "PNG")
+    for form, mode in [("PNG", "LA"), ("PNG", "P"), ("PNG", "1"), ("JPEG", "CMYK")]:
+        yield "change", f"{form}-{mode}", encode(picture(mode=mode), form)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for form in ("JPEG", "PNG", "WEBP", "TIFF"):
+            action = "change" if form == "TIFF" else "keep"
+            yield action, f"{form}-exif-{orientation}", encode(picture(), form, exif=exif)
+
+
+@pytest.mark.parametrize(("action", "data"), [pytest.param(a, d, id=name) for a, name, d in cases()])
+def test_dali_decodes_what_is_packed_to_the_pixels_of_images_decode(action, data, tmp_path):
+    (tmp_path / "x").write_bytes(data)
+    key, packed, extension, _ = shard.sample(source(data), tmp_path, None)
+    assert (packed == data) == (action == "keep")
+    assert key == hashlib.sha256(data).hexdigest()[:24]
+    form = Image.open(io.BytesIO(packed)).format
+    assert {"jpg": ("JPEG", "MPO"), "png": ("PNG",), "webp": ("WEBP",)}[extension].count(form) == 1
+    np.testing.assert_array_equal(dali_decode(packed), images.decode(data))
+
+
+def test_max_side_shrinks_upright_and_antialiased(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    data = encode(noise, "JPEG", quality=95, exif=exif)
+    (tmp_path / "x").write_bytes(data)
+    _, packed, extension, _ = shard.sample(source(data), tmp_path, 100)
+    shrunk = images.decode(packed)
+    assert extension == "jpg"
+    assert shrunk.shape == (100, 75, 3)
+    oracle = Image.fromarray(images.decode(data)).resize((75, 100), Image.Resampling.LANCZOS)
+    difference = np.abs(shrunk.astype(int) - np.asarray(oracle))
+    assert difference.mean() < 4  # what JPEG does to noise
+    assert difference.max() < 30
+
+
+def test_max_side_leaves_smaller_images_alone(tmp_path):
+    data = encode(picture(width=60, height=100), "JPEG")
+    (tmp_path / "x").write_bytes(data)
+    assert shard.sample(source(data), tmp_path, 100).data == data
+
+
+def test_a_lost_image_stops_the_stage_and_changes_nothing(data, smoke):
+    data(ROWS)
+    files.write_json(files.SHARDS / shards.CLASSES, ["old"])
+    (files.RAW / "u/3.jpg").unlink()
+    with pytest.raises(UserError, match=r"u/3\.jpg cannot be read \(No such file or directory\); run ingest again"):
+        shard.run(smoke)
+    assert [path.name for path in files.SHARDS.parent.iterdir() if "shards" in path.name] == ["shards"]
+    assert shards.classes() == ["old"]
+
+
+def test_a_changed_image_is_named(tmp_path):
+    (tmp_path / "x").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"/x has changed since ingest; run ingest again"):
+        shard.sample(source(encode(picture(), "PNG")), tmp_path, None)
+
+
+def test_nothing_to_pretrain_on(data, smoke):
+    with pytest.raises(UserError, match=r"data/accepted.parquet is missing; run `barlow validate` first"):
+        shard.run(smoke)
+    data([("a.jpg", "test", "a")])
+    with pytest.raises(UserError, match=r"no image of the splits pretrain and train.*data.source='synthetic'"):
+        shard.run(smoke)

@@ -1,0 +1,101 @@
+import tarfile
+
+import numpy as np
+import pytest
+import wds2idx
+from nvidia.dali import fn, pipeline_def, types
+
+from barlow import files, shards
+from barlow.errors import UserError
+
+SAMPLES = [shards.Sample(f"{i:024x}", bytes([i]) * (300 * i), ("jpg", "png", "webp")[i % 3], i - 1) for i in range(7)]
+
+
+@pytest.fixture
+def tar(tmp_path):
+    path = tmp_path / "shards" / "train-000000.tar"
+    shards.write(path, SAMPLES)
+    return path
+
+
+def test_read_returns_what_was_written(tar):
+    assert list(shards.read([tar, tar])) == SAMPLES + SAMPLES
+    assert shards.count([tar, tar]) == 14
+
+
+def test_index_is_byte_for_byte_that_of_wds2idx(tar, tmp_path):
+    with wds2idx.IndexCreator(str(tar), str(tmp_path / "oracle.idx"), verbose=False) as creator:
+        creator.create_index()
+    assert shards.index(tar).read_bytes() == (tmp_path / "oracle.idx").read_bytes()
+
+
+def test_tarfile_reads_the_members_and_finds_no_trace_of_time_or_user(tar):
+    with tarfile.open(tar) as archive:
+        members = archive.getmembers()
+        assert [m.name for m in members[:2]] == [f"{SAMPLES[0].key}.jpg", f"{SAMPLES[0].key}.cls"]
+        assert [archive.extractfile(m).read() for m in members[::2]] == [s.data for s in SAMPLES]
+        assert [archive.extractfile(m).read() for m in members[1:4:2]] == [b"\xff\xff\xff\xff", b"\0\0\0\0"]
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
+    assert tar.stat().st_size % 512 == 0
+
+
+def test_dali_reads_images_and_labels_through_the_index(tar):
+    @pipeline_def
+    def pipeline():
+        reader = {"paths": str(tar), "index_paths": str(shards.index(tar)), "ext": ["jpg;png;webp", "cls"]}
+        return tuple(fn.readers.webdataset(**reader, dtypes=[types.UINT8, types.INT32]))
+
+    data, labels = pipeline(batch_size=len(SAMPLES), num_threads=1, device_id=None).run()
+    assert [bytes(np.asarray(tensor)) for tensor in data] == [s.data for s in SAMPLES]
+    assert np.asarray(labels.as_tensor()).ravel().tolist() == [s.label for s in SAMPLES]
+
+
+def test_the_same_samples_give_the_same_bytes(tar, tmp_path):
+    shards.write(tmp_path / "again.tar", iter(SAMPLES))
+    assert (tmp_path / "again.tar").read_bytes() == tar.read_bytes()
+    assert (tmp_path / "again.idx").read_bytes() == shards.index(tar).read_bytes()
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path):
+    def broken():
+        yield SAMPLES[0]
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        shards.write(tmp_path / "train-000000.tar", broken())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tars_are_those_of_the_split_in_order(tar):
+    for name in ("train-000010", "train-000002", "pretrain-000000"):
+        shards.write(tar.with_name(f"{name}.tar"), SAMPLES[:1])
+    assert [t.name for t in shards.tars("train", tar.parent)] == [f"train-0000{i}.tar" for i in ("00", "02", "10")]
+    assert shards.tars("val", tar.parent) == []
+
+
+def test_classes(tar):
+    files.write_json(tar.with_name("classes.json"), ["a", "ü"])
+    assert shards.classes(tar.parent) == ["a", "ü"]
+
+
+@pytest.mark.parametrize("other", [SAMPLES[1:], SAMPLES[::-1], [s._replace(key="f" * 24) for s in SAMPLES]])
+def test_digest_tells_content_and_order(tar, tmp_path, other):
+    shards.write(tmp_path / tar.name, SAMPLES)
+    assert shards.digest([tmp_path / tar.name]) == shards.digest([tar])
+    shards.write(tmp_path / tar.name, other)
+    assert shards.digest([tmp_path / tar.name]) != shards.digest([tar])
+
+
+def test_damage_is_named(tar):
+    tar.write_bytes(tar.read_bytes()[:-3000])
+    with pytest.raises(UserError, match=r"train-000000.tar is shorter than train-000000.idx says; run `barlow shard`"):
+        list(shards.read([tar]))
+    shards.index(tar).write_text("v1.2 9\njpg 512 3 a.jpg cls 1536 4 a.cls\n")
+    with pytest.raises(UserError, match=r"train-000000.idx is damaged: 1 samples after 'v1.2 9'"):
+        shards.count([tar])
+    shards.index(tar).write_text("")
+    with pytest.raises(UserError, match=r"train-000000.idx is damaged: 0 samples after ''"):
+        shards.count([tar])
+    shards.index(tar).unlink()
+    with pytest.raises(UserError, match=r"train-000000.idx is missing"):
+        shards.count([tar])
