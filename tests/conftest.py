@@ -91,3 +91,77 @@ def project(tmp_path, monkeypatch, small_shards):
     (tmp_path / "data/shards").symlink_to(small_shards)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def nasty(tmp_path):
+    """A folder of every kind of trouble; returns it and, by path, why a file is refused (None: it is fine)."""
+    import io
+    import struct
+    import zlib
+
+    import numpy as np
+    from PIL import Image
+
+    folder, refused = tmp_path / "a folder, ünïcödé", {}
+    rng = np.random.default_rng(0)
+
+    def write(name, content, why=None):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        refused[name] = why
+
+    def image(mode, kind, size=(24, 20), **options):
+        pixels = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        if mode == "I;16":
+            pixels = Image.fromarray(rng.integers(0, 65536, (size[1], size[0]), dtype=np.uint16))
+        buffer = io.BytesIO()
+        pixels.convert(mode).save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    whole = image("RGB", "JPEG")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    write("写真 1.jpg", whole)
+    write("a b/c d/e f/deep.jpg", image("RGB", "JPEG"))
+    for name, mode, kind in [
+        ("gray.png", "L", "PNG"),
+        ("gray alpha.png", "LA", "PNG"),
+        ("palette.png", "P", "PNG"),
+        ("rgba.png", "RGBA", "PNG"),
+        ("cmyk.jpg", "CMYK", "JPEG"),
+        ("deep colour.png", "I;16", "PNG"),
+        ("deep colour.tif", "I;16", "TIFF"),
+        ("a.webp", "RGB", "WEBP"),
+        ("a.bmp", "RGB", "BMP"),
+        ("a.tiff", "RGB", "TIFF"),
+        ("no ending", "RGB", "PNG"),
+    ]:
+        write(f"kinds/{name}", image(mode, kind))
+    write("kinds/rotated.jpg", image("RGB", "JPEG", exif=rotated))
+    write("bad/empty.jpg", b"", "empty file")
+    write("bad/truncated.jpg", whole[:-200], "image file is truncated")
+    write("bad/truncated.png", image("RGB", "PNG")[:-200], "truncated|broken")
+    write("bad/text.jpg", b"I am a text.\n", "not an image in a known format")
+    write("bad/a.gif", image("P", "GIF"), "format GIF: validate.formats")
+    write("bad/thin.png", image("L", "PNG", (24, 2)), "height 2: validate.min_side=16")
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(2501 * 20_000), 1))
+    huge = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+    write("bad/huge.png", huge, "20000 x 20000 pixels, more than the 100000000 allowed")
+    write("bad/copy of 写真.jpg", whole)
+    refused["写真 1.jpg"] = "duplicate of bad/copy of 写真.jpg"
+    (folder / "a b/loop").symlink_to(folder)
+    (folder / "a b/self").symlink_to("self")
+    refused["a b/self"] = "cannot be read"
+    (folder / "kinds/dangling.png").symlink_to("nowhere.png")
+    refused["kinds/dangling.png"] = "no such file"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/linked.png").write_bytes(image("RGB", "PNG"))
+    (folder / "kinds/link").symlink_to(tmp_path / "elsewhere")
+    refused["kinds/link/linked.png"] = None
+    return folder, refused

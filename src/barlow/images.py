@@ -4,34 +4,63 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Decode the whole of an image file (its first frame), with no warnings and no limit on pixels of its own.
+class TooManyPixelsError(ValueError):
+    """The file's header announces more pixels than the caller allows; nothing was decoded."""
+
+
+def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
+    """Decode the whole of an image file (its first frame), with no warnings.
 
     Raises:
-        OSError, SyntaxError, ValueError: what Pillow says of a file that is no image or not a whole one.
+        TooManyPixelsError: by the header, before anything is decoded.
+        ValueError: the file is no image or not a whole one; the message is the reason, without the file's name.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    # Not catch_warnings: it is not thread-safe and would leave every warning of the process off.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a constant, would overrule `max_pixels`
+    with _reasons():
         image = Image.open(io.BytesIO(data))
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise TooManyPixelsError(f"{image.width} x {image.height} pixels, more than the {max_pixels} allowed")
         image.load()
     return image
 
 
 def to_rgb(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return uint8 (height, width, 3): EXIF orientation applied, 16 bits scaled to 8, alpha dropped."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        wide = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray((wide / 257).clip(0, 255).round().astype(np.uint8))
-    return np.asarray(image.convert("RGB"))
+    """Return uint8 (height, width, 3): EXIF orientation applied, 16 bits scaled to 8, alpha dropped.
+
+    Raises:
+        ValueError: the image has a broken EXIF block or a mode without a conversion.
+    """
+    with _reasons():
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            wide = np.asarray(image, dtype=np.float32)
+            image = Image.fromarray((wide / 257).clip(0, 255).round().astype(np.uint8))
+        return np.asarray(image.convert("RGB"))
 
 
-def decode(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def decode(data: bytes, max_pixels: int | None = None) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Decode an image file to uint8 (height, width, 3) RGB; raises as `open_image` does."""
-    return to_rgb(open_image(data))
+    return to_rgb(open_image(data, max_pixels))
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Turn whatever Pillow raises (OSError, SyntaxError, struct.error, ...) into a ValueError of one line."""
+    try:
+        yield
+    except TooManyPixelsError:
+        raise
+    except UnidentifiedImageError:  # its own text holds a memory address
+        raise ValueError("not an image in a known format") from None
+    except Exception as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error

@@ -1,0 +1,207 @@
+"""`barlow export`: write the encoder as ONNX, and only if it agrees with torch.
+
+Reads models/encoder.safetensors, models/head.safetensors and images of data/shards (the val split's first).
+Writes models/encoder.onnx, which stays as it was if the new one disagrees, and reports/export.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.export import Dim
+
+from barlow import __version__, files, images, model, shards
+from barlow.encoder import Encoder, Pixels, Vectors, batches
+from barlow.errors import UserError
+from barlow.params import Params
+
+ODD_BATCH = 7
+
+
+class Exported(nn.Module):
+    """The graph that is exported: the frozen encoder and, where there are labels, the linear head on top."""
+
+    def __init__(self, encoder: model.FrozenEncoder, head: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.ParameterDict(head).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Turn uint8 (batch, height, width, 3) into (embedding (batch, dim), and logits (batch, classes))."""
+        embedding = self.encoder(images)
+        if not self.head:
+            return (embedding,)
+        return embedding, nn.functional.linear(embedding, self.head["weight"], self.head["bias"])
+
+
+def run(params: Params) -> None:
+    """Export, compare, and only then put the file in its place.
+
+    Raises:
+        UserError: the weights or the shards are missing.
+        RuntimeError: onnxruntime does not give what torch gives; the message has the figures.
+    """
+    for path, stage in ((files.ENCODER, "pretrain"), (files.HEAD, "evaluate")):
+        if not path.is_file():
+            raise UserError(f"{path} is missing; run `barlow {stage}`")
+    encoder, trained = model.load_encoder(files.ENCODER)
+    head, head_metadata = model.load_weights(files.HEAD)
+    network = Exported(encoder, head).eval()
+    pictures = _pictures(params.export.parity_images)
+    with files.replacing(files.ONNX) as temporary:
+        write(network, _metadata(encoder, trained, head_metadata["classes"]), params.export.opset, temporary)
+        exported = Encoder(temporary)
+        figures = parity(exported, network, pictures)
+        if figures["parity_cosine_min"] < params.export.min_cosine or figures["predictions_equal"] is False:
+            raise RuntimeError(
+                f"the exported encoder differs from torch, so {files.ONNX} stays as it was: smallest cosine "
+                f"{figures['parity_cosine_min']} (export.min_cosine={params.export.min_cosine}), largest difference "
+                f"{figures['parity_max_abs_diff']}, predictions equal: {figures['predictions_equal']}"
+            )
+        figures |= speed(exported, _resize(pictures, encoder.size, encoder.size))
+        figures |= {"bytes": temporary.stat().st_size, "dim": exported.dim}
+    figures["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+    files.write_json(files.REPORTS / "export.json", figures)
+    print(
+        f"{files.ONNX}: smallest cosine to torch {figures['parity_cosine_min']}, "
+        f"{figures['latency_ms']} ms an image alone, {figures['images_per_second']} images/s in batches"
+    )
+
+
+def write(network: Exported, metadata: dict[str, str], opset: int, path: Path) -> None:
+    """Write the network as one ONNX file; the same weights and metadata give the same bytes."""
+    example = torch.zeros(2, network.encoder.size + 1, network.encoder.size + 3, 3, dtype=torch.uint8)
+    program = torch.onnx.export(
+        network,
+        (example,),
+        input_names=["images"],
+        output_names=["embedding", "logits"][: 1 + bool(network.head)],
+        dynamic_shapes={"images": {0: Dim("batch", min=1), 1: Dim("height", min=1), 2: Dim("width", min=1)}},
+        opset_version=opset,
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    # torch notes its graph and the source lines, with their paths on this machine, in an order that changes
+    for part in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
+        part.ClearField("metadata_props")
+    proto.graph.ClearField("value_info")
+    onnx.helper.set_model_props(proto, metadata)
+    onnx.checker.check_model(proto, full_check=True)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def parity(exported: Encoder, network: Exported, pictures: Sequence[Pixels]) -> dict[str, Any]:
+    """Compare onnxruntime at batches of 1, 2 and 7 with torch at its own.
+
+    The pictures come as they are and, so that each batch size is met whatever their sizes, resized to one odd size.
+    """
+    cosines, differences, equal = [], [], []
+    side = network.encoder.size
+    for variant in (pictures, _resize(pictures, 2 * side + 1, side + 3)):
+        wanted, *wanted_logits = _in_torch(network, variant)
+        for batch_size in (1, 2, ODD_BATCH):
+            results = list(exported.run(variant, batch_size))
+            found = np.concatenate([embeddings for embeddings, _ in results])
+            cosines += _cosine(wanted, found)
+            differences.append(np.abs(wanted - found).max())
+            for logits in wanted_logits:
+                found_logits = np.concatenate([values for _, values in results])
+                equal.append(bool((logits.argmax(1) == found_logits.argmax(1)).all()))
+    return {
+        "parity_cosine_min": round(min(cosines), 9),
+        "parity_max_abs_diff": float(f"{np.max(differences):.2g}"),
+        "parity_images": len(pictures),
+        "predictions_equal": all(equal) if equal else None,
+    }
+
+
+def _in_torch(network: Exported, pictures: Sequence[Pixels]) -> list[Vectors]:
+    """Return torch's outputs, a row a picture; neighbours of one size make a batch."""
+    parts = []
+    for _, alike in itertools.groupby(pictures, key=np.shape):
+        parts += [network(torch.from_numpy(np.stack(batch))) for batch in batches(alike, 64)]
+    return [torch.cat(output).numpy() for output in zip(*parts, strict=True)]
+
+
+def speed(exported: Encoder, pictures: Sequence[Pixels]) -> dict[str, Any]:
+    """Time onnxruntime on pictures (all of one size): the median latency of one, and the throughput in a batch."""
+    one = _median_seconds(lambda: exported.embed(pictures[:1]), runs=51)
+    many = _median_seconds(lambda: exported.embed(pictures, batch_size=len(pictures)), runs=5)
+    return {"latency_ms": round(1000 * one, 3), "images_per_second": round(len(pictures) / many, 1)}
+
+
+def _median_seconds(call: Callable[[], object], runs: int) -> float:
+    seconds = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])  # the first one allocates
+
+
+def _cosine(a: Vectors, b: Vectors) -> list[float]:
+    """Return the cosine between the rows of (n, dim) and (n, dim); 1 where both are 0."""
+    a64, b64 = a.astype(np.float64), b.astype(np.float64)  # float32 sums are off by more than the two differ
+    dot, norms = (a64 * b64).sum(1), np.linalg.norm(a64, axis=1) * np.linalg.norm(b64, axis=1)
+    cosines: list[float] = np.where(norms > 0, dot / np.where(norms > 0, norms, 1), (a == b).all(1)).tolist()
+    return cosines
+
+
+def _resize(pictures: Sequence[Pixels], width: int, height: int) -> list[Pixels]:
+    return [np.asarray(Image.fromarray(picture).resize((width, height))) for picture in pictures]
+
+
+def _pictures(count: int) -> list[Pixels]:
+    """Decode `count` images, those of the val split first, in the shards' order."""
+    samples = shards.read(tar for split in ("val", "test", "train", "pretrain") for tar in shards.tars(split))
+    pictures = [images.decode(sample.data) for sample in itertools.islice(samples, count)]
+    if not pictures:
+        raise UserError(f"{files.SHARDS} holds no images to compare on; run `barlow shard`")
+    return pictures
+
+
+def _metadata(encoder: model.FrozenEncoder, trained: dict[str, Any], classes: list[str]) -> dict[str, str]:
+    """Return what the file says of itself; ONNX keeps texts only, so `classes` is JSON."""
+    recipe = json.dumps([trained[section] for section in ("model", "views", "pretrain")], sort_keys=True)
+    return {
+        "version": __version__,
+        **_git_revision(),
+        "data_hash": trained["data"],
+        "params_hash": hashlib.sha256(recipe.encode()).hexdigest(),  # of the sections that made the weights
+        "image_size": str(encoder.size),
+        "dim": str(encoder.backbone.dim),
+        "classes": json.dumps(classes, ensure_ascii=False),
+        "space": embedding_space(encoder),
+    }
+
+
+def _git_revision() -> dict[str, str]:
+    try:
+        git = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return {}
+    return {"git_revision": git.stdout.strip()} if git.returncode == 0 else {}
+
+
+def embedding_space(encoder: model.FrozenEncoder) -> str:
+    """Return 16 hex digits that differ wherever embeddings cannot be compared: a hash of weights and preprocessing."""
+    digest = hashlib.sha256(str(encoder.size).encode())
+    for name, tensor in (*sorted(encoder.state_dict().items()), ("mean", encoder.mean), ("std", encoder.std)):
+        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,243 @@
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from barlow import export, files, images, model, shards
+from barlow.encoder import Encoder
+from barlow.errors import UserError
+
+SIZES = [(30, 40), (24, 24), (30, 40), (50, 20), (24, 24), (9, 11), (30, 40), (64, 64), (24, 24), (30, 40)]
+CLASSES = ["brick", "dots", "wäve"]
+
+
+def sample(index, size):
+    height, width = size
+    rows, columns = np.mgrid[:height, :width]
+    noise = np.random.default_rng(index).normal(0, 20, (height, width, 3))
+    pixels = 128 + 80 * np.sin((rows * (1 + index % 3) + columns) / 4)[:, :, None] + noise
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return shards.Sample(f"{index:024x}", buffer.getvalue(), "jpg", index % 3)
+
+
+def write_weights(params, head=True, seed=0):
+    torch.manual_seed(seed)
+    encoder = model.FrozenEncoder(params.model, params.views)
+    for name, buffer in encoder.backbone.named_buffers():  # no longer 0 and 1, as after training
+        if name.endswith("running_mean"):
+            buffer += 0.1 * torch.randn_like(buffer)
+        elif name.endswith("running_var"):
+            buffer *= 0.5 + torch.rand_like(buffer)
+    sections = {name: dataclasses.asdict(getattr(params, name)) for name in ("model", "views", "pretrain")}
+    model.save_weights(files.ENCODER, encoder.backbone.state_dict(), {**sections, "data": "d1", "steps": 3})
+    tensors = {"weight": torch.randn(3, 512), "bias": torch.randn(3)} if head else {}
+    model.save_weights(files.HEAD, tensors, {"classes": CLASSES if head else []})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other are slow on a machine that does other things too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def project(smoke, tmp_path_factory):
+    """A project with weights, a head and a val split, exported once."""
+    home, folder = Path.cwd(), tmp_path_factory.mktemp("project")
+    os.chdir(folder)
+    try:
+        write_weights(smoke)
+        samples = [sample(index, size) for index, size in enumerate(SIZES)]
+        shards.write(files.SHARDS / "val-000000.tar", samples)
+        export.run(smoke)
+    finally:
+        os.chdir(home)
+    return folder
+
+
+@pytest.fixture
+def inside(project, monkeypatch):
+    monkeypatch.chdir(project)
+    return project
+
+
+def in_torch(pixels):
+    """The representation by way of torchvision's own resize and normalisation, one image at a time."""
+    encoder, metadata = model.load_encoder()
+    views = metadata["views"]
+    preprocess = v2.Compose(
+        [
+            v2.Resize((views["size"], views["size"]), v2.InterpolationMode.BILINEAR, antialias=True),
+            v2.Normalize(255 * np.array(views["mean"]), 255 * np.array(views["std"])),
+        ]
+    )
+    rows = [preprocess(torch.from_numpy(image.copy()).permute(2, 0, 1).float()) for image in pixels]
+    return torch.cat([encoder.backbone(row[None]) for row in rows]).numpy()
+
+
+@pytest.mark.parametrize("shape", [(1, 24, 24), (2, 25, 27), (5, 7, 90), (3, 1, 1), (1, 200, 131), (7, 24, 23)])
+def test_embeddings_equal_torchs_at_any_shape(inside, shape):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    found = Encoder().embed(pixels)
+    assert found.shape == (len(pixels), 512)
+    np.testing.assert_allclose(found, in_torch(pixels), atol=2e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_files_pil_and_arrays_of_mixed_sizes(inside, tmp_path, batch_size):
+    kinds, pixels = [], []
+    for index, size in enumerate(SIZES):
+        data = sample(index, size).data
+        pixels.append(images.decode(data))
+        (tmp_path / f"{index}.jpg").write_bytes(data)
+        kinds.append([pixels[-1], Image.open(io.BytesIO(data)), tmp_path / f"{index}.jpg"][index % 3])
+    encoder = Encoder()
+    wanted = in_torch(pixels)
+    np.testing.assert_allclose(encoder.embed(kinds, batch_size), wanted, atol=2e-5)
+    head, _ = model.load_weights(files.HEAD)
+    logits = wanted @ head["weight"].numpy().T + head["bias"].numpy()
+    np.testing.assert_allclose(encoder.classify(kinds, batch_size), logits, atol=1e-3)
+
+
+def test_what_the_file_says_of_itself(inside, smoke):
+    encoder = Encoder()
+    assert encoder.classes == CLASSES
+    assert encoder.dim == 512
+    metadata = encoder.metadata
+    assert metadata["image_size"] == str(smoke.views.size)
+    assert (metadata["data_hash"], metadata["dim"], json.loads(metadata["classes"])) == ("d1", "512", CLASSES)
+    assert len(metadata["params_hash"]) == 64
+    assert len(metadata["space"]) == 16
+
+
+def test_one_whole_file_without_traces_of_this_machine(inside):
+    proto = onnx.load(files.ONNX)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [path.name for path in files.ONNX.parent.iterdir() if path.suffix == ".data"] == []
+    assert [opset.version for opset in proto.opset_import] == [18]
+    shape = [dim.dim_param or dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim]
+    assert shape == ["batch", "height", "width", 3]
+    content = files.ONNX.read_bytes()
+    assert bytes(Path(export.__file__).parent) not in content
+    assert b"stack_trace" not in content
+
+
+def test_figures(inside, smoke):
+    figures = files.read_json(files.REPORTS / "export.json")
+    assert figures["parity_cosine_min"] >= 1 - 1e-8
+    assert figures["parity_max_abs_diff"] < 1e-4
+    assert figures["predictions_equal"] is True
+    assert figures["parity_images"] == smoke.export.parity_images
+    assert figures["bytes"] == files.ONNX.stat().st_size
+    resnet10 = 4_903_242 - 10 * 513  # counted once, with a head of 10 classes
+    assert figures["parameters"] == resnet10 + 3 * 512 + 3
+    assert figures["latency_ms"] > 0
+    assert figures["images_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_the_same_weights_give_the_same_bytes_in_another_process(inside, tmp_path):
+    script = (
+        "import sys; from barlow import export, model, files\n"
+        "encoder, trained = model.load_encoder()\n"
+        "head, metadata = model.load_weights(files.HEAD)\n"
+        "network = export.Exported(encoder, head).eval()\n"
+        "export.write(network, export._metadata(encoder, trained, metadata['classes']), 18, files.Path(sys.argv[1]))\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "again.onnx")], check=True, timeout=120)
+    assert (tmp_path / "again.onnx").read_bytes() == files.ONNX.read_bytes()
+
+
+def test_without_labels_there_is_no_head(smoke, tmp_path, monkeypatch, project):
+    monkeypatch.chdir(tmp_path)
+    write_weights(smoke, head=False)
+    files.SHARDS.parent.mkdir()
+    files.SHARDS.symlink_to(project / files.SHARDS)
+    export.run(smoke)
+    encoder = Encoder()
+    assert encoder.classes is None
+    assert encoder.classify([np.zeros((5, 5, 3), np.uint8)]) is None
+    assert files.read_json(files.REPORTS / "export.json")["predictions_equal"] is None
+    wanted = Encoder(project / files.ONNX)
+    assert encoder.metadata["space"] == wanted.metadata["space"]  # a head does not move the space
+    picture = [images.decode(sample(0, (30, 40)).data)]
+    np.testing.assert_allclose(encoder.embed(picture), wanted.embed(picture), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "figure"),
+    [
+        ("encoder.backbone.layer4.0.conv2.weight", lambda values: 1.3 * values, r"smallest cosine 0\.9"),
+        ("encoder.backbone.layer4.0.conv2.weight", lambda values: np.nan * values, "largest difference nan"),
+        ("head.bias", lambda values: values + np.array([1e4, 0, 0]), "predictions equal: False"),
+    ],
+    ids=["weights", "NaN", "head"],
+)
+def test_disagreement_leaves_the_old_file(inside, smoke, monkeypatch, tensor, change, figure):
+    before, report = files.ONNX.read_bytes(), (files.REPORTS / "export.json").read_bytes()
+
+    def broken(network, metadata, opset, path):
+        proto = onnx.load(files.ONNX)
+        [spoilt] = [initializer for initializer in proto.graph.initializer if initializer.name == tensor]
+        values = change(onnx.numpy_helper.to_array(spoilt)).astype(np.float32)
+        spoilt.CopyFrom(onnx.numpy_helper.from_array(values, tensor))
+        path.write_bytes(proto.SerializeToString())
+
+    monkeypatch.setattr(export, "write", broken)
+    with pytest.raises(RuntimeError, match=figure):
+        export.run(smoke)
+    assert files.ONNX.read_bytes() == before
+    assert (files.REPORTS / "export.json").read_bytes() == report
+    written = sorted(path.name for path in files.ONNX.parent.iterdir())
+    assert written == ["encoder.onnx", "encoder.safetensors", "head.safetensors"]
+
+
+def test_missing_inputs_name_their_stage(smoke, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"encoder\.safetensors is missing; run `barlow pretrain`"):
+        export.run(smoke)
+    write_weights(smoke)
+    files.HEAD.unlink()
+    with pytest.raises(UserError, match=r"head\.safetensors is missing; run `barlow evaluate`"):
+        export.run(smoke)
+    write_weights(smoke)
+    with pytest.raises(UserError, match="run `barlow shard`"):
+        export.run(smoke)
+
+
+def test_pictures_are_the_val_splits_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shards.write(files.SHARDS / "pretrain-000000.tar", [sample(0, (30, 31)), sample(1, (30, 32))])
+    shards.write(files.SHARDS / "val-000000.tar", [sample(2, (30, 33))])
+    assert [picture.shape[1] for picture in export._pictures(2)] == [33, 31]
+
+
+def test_cosine_of_dead_rows():
+    dead, alive = np.zeros((1, 3), np.float32), np.ones((1, 3), np.float32)
+    assert export._cosine(dead, dead) == [1]
+    assert export._cosine(dead, alive) == [0]
+    assert export._cosine(alive, -2 * alive) == pytest.approx([-1])
+
+
+def test_embedding_space_differs_with_whatever_changes_embeddings(smoke):
+    def space(seed=0, **views):
+        torch.manual_seed(seed)
+        return export.embedding_space(model.FrozenEncoder(smoke.model, dataclasses.replace(smoke.views, **views)))
+
+    assert space() == space(flip=0.1)  # training only
+    spaces = {space(), space(seed=1), space(size=32), space(mean=(0.5, 0.5, 0.5)), space(std=(0.5, 0.5, 0.5))}
+    assert len(spaces) == 5

@@ -1,0 +1,161 @@
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from barlow import images
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+GREY = RGB[:, :, 0]
+
+
+def encode(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def grey3(values):
+    return np.stack([values] * 3, axis=2)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_lossless_rgb(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    decoded = images.decode(encode(Image.fromarray(RGB), kind, **options))
+    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded, RGB)
+
+
+def test_jpeg_is_close():
+    smooth = np.tile(np.arange(0, 240, 5, dtype=np.uint8)[:, None, None], (1, 48, 3))
+    decoded = images.decode(encode(Image.fromarray(smooth), "JPEG", quality=95)).astype(int)
+    assert np.abs(decoded - smooth).max() <= 4
+
+
+def test_grey_and_its_alpha():
+    np.testing.assert_array_equal(images.decode(encode(Image.fromarray(GREY))), grey3(GREY))
+    alpha = Image.fromarray(np.dstack([GREY, 255 - GREY]), "LA")
+    np.testing.assert_array_equal(images.decode(encode(alpha)), grey3(GREY))
+
+
+def test_one_bit():
+    bits = GREY > 127
+    np.testing.assert_array_equal(images.decode(encode(Image.fromarray(bits))), grey3(255 * bits.astype(np.uint8)))
+
+
+def test_alpha_is_dropped_not_blended():
+    rgba = np.dstack([RGB, RNG.integers(0, 256, RGB.shape[:2], dtype=np.uint8)])
+    np.testing.assert_array_equal(images.decode(encode(Image.fromarray(rgba))), RGB)
+
+
+@pytest.mark.parametrize("transparency", [None, 1, b"\x00\x80\xff"])
+def test_palette(transparency):
+    palette = np.array([[10, 20, 30], [200, 100, 0], [7, 7, 7]], np.uint8)
+    indices = RNG.integers(0, 3, (5, 7), dtype=np.uint8)
+    image = Image.fromarray(indices, "P")
+    image.putpalette(palette.tobytes())
+    options = {} if transparency is None else {"transparency": transparency}
+    np.testing.assert_array_equal(images.decode(encode(image, **options)), palette[indices])
+
+
+def test_cmyk():
+    ink = RNG.integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    light = 1 - ink.astype(float) / 255
+    wanted = 255 * light[:, :, :3] * light[:, :, 3:]
+    decoded = images.decode(encode(Image.fromarray(ink, "CMYK"), "TIFF"))
+    assert np.abs(decoded - wanted).max() <= 1.5
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_are_scaled_to_8(kind):
+    wide = np.array([[0, 128, 129, 257], [32896, 65535, 65407, 1000]], np.uint16)
+    decoded = images.decode(encode(Image.fromarray(wide), kind))
+    np.testing.assert_array_equal(decoded, grey3(np.array([[0, 0, 1, 1], [128, 255, 255, 4]], np.uint8)))
+
+
+def test_exif_orientation():
+    upright = {  # EXIF 2.3, 4.6.4: what the stored rows and columns mean
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+        8: np.rot90,
+    }
+    for orientation, turn in upright.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        decoded = images.decode(encode(Image.fromarray(RGB), exif=exif))
+        np.testing.assert_array_equal(decoded, turn(RGB), err_msg=str(orientation))
+
+
+def test_exif_orientation_of_16_bits():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = np.arange(6, dtype=np.uint16).reshape(2, 3) * 257
+    decoded = images.decode(encode(Image.fromarray(wide), exif=exif))
+    np.testing.assert_array_equal(decoded[:, :, 0], [[3, 0], [4, 1], [5, 2]])
+
+
+def test_first_frame_of_a_gif():
+    frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (0, 255)]
+    decoded = images.decode(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    np.testing.assert_array_equal(decoded, np.zeros((4, 4, 3), np.uint8))
+
+
+JPEG = encode(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not an image"),
+        (b"no image, but text of some length", "not an image"),
+        (JPEG[: len(JPEG) // 2], "truncated"),
+        (encode(Image.fromarray(RGB))[:40], "[a-z]"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "[a-z]"),
+    ],
+    ids=["empty", "text", "half a JPEG", "start of a PNG", "PNG of zeros"],
+)
+def test_broken_files_have_a_reason_of_one_line(data, reason):
+    with pytest.raises(ValueError, match=reason) as caught:
+        images.decode(data)
+    assert "\n" not in str(caught.value)
+    assert "0x" not in str(caught.value)  # no address of memory: the manifest is reproducible
+
+
+def png_header(width, height):
+    """A PNG that ends after its header: whoever decodes it finds it truncated."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(b"\0")
+    chunks = [
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (header, data)
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_pixels_are_limited_by_the_header():
+    with pytest.raises(images.TooManyPixelsError, match="20000 x 20000 pixels, more than the 1000 allowed"):
+        images.decode(png_header(20_000, 20_000), max_pixels=1000)
+    np.testing.assert_array_equal(images.decode(encode(Image.fromarray(RGB)), max_pixels=35), RGB)
+    with pytest.raises(images.TooManyPixelsError):
+        images.decode(encode(Image.fromarray(RGB)), max_pixels=34)
+
+
+def test_without_a_limit_pillows_own_does_not_apply(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    np.testing.assert_array_equal(images.decode(encode(Image.fromarray(RGB))), RGB)
+
+
+def test_other_warnings_stay_on():
+    images.decode(JPEG)
+    with pytest.warns(UserWarning, match="mine"):
+        warnings.warn("mine", UserWarning, stacklevel=1)
