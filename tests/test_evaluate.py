@@ -39,7 +39,7 @@ def test_figures_are_those_of_the_features(encoder, smoke, capsys):
     test = list(shards.read(shards.tars("test")))
     features = torch.cat([encoder(torch.tensor(images.decode(sample.data))[None]) for sample in test])
     labels = torch.tensor([sample.label for sample in test])
-    tensors, metadata = model.load_weights(evaluate.FEATURES)
+    tensors, metadata = model.load_weights(files.FEATURES)
     torch.testing.assert_close(tensors["features"], features, atol=1e-4, rtol=1e-4)
     assert metadata["keys"] == [sample.key for sample in test]
 
@@ -49,7 +49,7 @@ def test_figures_are_those_of_the_features(encoder, smoke, capsys):
     assert metrics["linear_top1"] == pytest.approx(100 * (predictions == labels).double().mean().item())
     assert metrics["linear_top1_low"] < metrics["linear_top1"] < metrics["linear_top1_high"]
     assert head_metadata["classes"] == shards.classes()
-    with evaluate.CONFUSION.open(newline="") as file:
+    with files.CONFUSION.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["actual"] == row["predicted"] for row in rows] == (predictions == labels).tolist()
     assert f"{metrics['linear_top1']:.1f} (" in capsys.readouterr().out
@@ -90,7 +90,7 @@ def test_without_labels_health_is_all(encoder, smoke, project, small_shards):
     assert metrics["effective_rank"] > 1
     assert metrics["alignment"] > 0 > metrics["uniformity"]
     assert model.load_weights(files.HEAD) == ({}, {"classes": []})
-    assert evaluate.CONFUSION.read_text().splitlines() == ["actual,predicted"]
+    assert files.CONFUSION.read_text().splitlines() == ["actual,predicted"]
 
 
 def test_health_looks_at_pretrain_where_val_is_small(encoder, smoke, monkeypatch):

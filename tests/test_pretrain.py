@@ -49,7 +49,7 @@ def test_it_learns_and_writes_what_later_stages_read(project, smoke, change):
     assert metadata["steps"] == 9
     assert metadata["data"] == shards.digest(shards.tars("pretrain"))
     assert loaded(torch.zeros(1, 28, 28, 3, dtype=torch.uint8)).shape == (1, 512)
-    corners, _ = model.load_weights(pretrain.CORRELATION)
+    corners, _ = model.load_weights(files.CORRELATION)
     assert {name: corner.shape for name, corner in corners.items()} == {"before": (64, 64), "after": (64, 64)}
     assert corners["after"].diagonal().mean() > corners["before"].diagonal().mean()
     assert list(pretrain.RESUME.iterdir()) == []

@@ -58,7 +58,7 @@ def test_defects_are_planted(written):
     assert kinds["empty"] == [b"", b""]
     assert all(data in [other for path, other in files.items() if path[0] == "0"] for data in kinds["dup"])
     assert all(min(Image.open(io.BytesIO(data)).size) < 16 for data in kinds["tiny"])
-    with pytest.raises(OSError, match="(?i)truncated"):
+    with pytest.raises(OSError, match=r"(?i)truncated"):
         Image.open(io.BytesIO(kinds["trunc"][0])).load()
 
 

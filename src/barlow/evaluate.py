@@ -25,8 +25,6 @@ from barlow import files, images, model, probe, shards, summary
 from barlow.params import Evaluate, Params, Views
 from barlow.views import TwinViews
 
-FEATURES = Path("data/features.safetensors")
-CONFUSION = files.REPORTS / "confusion.csv"
 CHUNK = 256  # images decoded and embedded at a time
 MIN_HEALTH_IMAGES = 100  # in val; with fewer the health figures come from pretrain
 HEALTH_IMAGES = 2000  # that the health figures look at; pairwise distances cost its square
@@ -71,8 +69,8 @@ def run(params: Params) -> None:
     test = splits["test"]
     model.save_weights(files.HEAD, scores.head, {"classes": classes if scores.head else []})
     tensors = {"features": test.features, "labels": test.labels, "predictions": scores.predictions}
-    model.save_weights(FEATURES, tensors, {"keys": test.keys, "classes": classes})
-    with files.replacing(CONFUSION) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    model.save_weights(files.FEATURES, tensors, {"keys": test.keys, "classes": classes})
+    with files.replacing(files.CONFUSION) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["actual", "predicted"])
         for pair in zip(test.labels.tolist(), scores.predictions.tolist(), strict=False):

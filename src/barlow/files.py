@@ -15,10 +15,13 @@ MANIFEST = Path("data/manifest.parquet")
 ACCEPTED = Path("data/accepted.parquet")
 QUARANTINE = Path("data/quarantine.csv")
 SHARDS = Path("data/shards")
+FEATURES = Path("data/features.safetensors")
 ENCODER = Path("models/encoder.safetensors")
 HEAD = Path("models/head.safetensors")
+CORRELATION = Path("models/correlation.safetensors")
 ONNX = Path("models/encoder.onnx")
 REPORTS = Path("reports")
+CONFUSION = REPORTS / "confusion.csv"
 
 
 @contextmanager

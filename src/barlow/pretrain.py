@@ -7,6 +7,7 @@ runs, models/resume/ holds its checkpoints: started again after a crash it goes 
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -29,7 +30,6 @@ from barlow.schedule import warmup_cosine
 from barlow.views import TwinViews
 
 RESUME = Path("models/resume")
-CORRELATION = Path("models/correlation.safetensors")
 CORNER = 128  # dimensions of C that are kept for the report
 AGREE_STEPS = 16  # between two agreements of several processes on whether to stop or to save
 
@@ -40,7 +40,8 @@ class Training:
     def __init__(self, params: Params, tars: list[Path], device: torch.device) -> None:
         p, rank, world = params.pretrain, distributed.rank(), distributed.world_size()
         device_id = device.index if device.type == "cuda" else None
-        self.views = TwinViews(tars, params.views, p.batch_size // world, p.seed, rank, world, device_id)
+        threads = max(files.cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+        self.views = TwinViews(tars, params.views, p.batch_size // world, p.seed, rank, world, device_id, threads)
         torch.manual_seed(p.seed)
         self.network = model.BarlowTwins(params.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         weights = [w for w in self.network.parameters() if w.ndim > 1]
@@ -57,9 +58,10 @@ class Training:
         """Count a finished step; nothing is read back from the device."""
         for name, value in loss._asdict().items():
             self.sums[name] += value.detach()
-        if self.step in (0, last_step):
-            corner = cross_correlation(z_a.detach()[:, :CORNER], z_b.detach()[:, :CORNER])
-            self.correlation["before" if self.step == 0 else "after"] = corner.cpu()
+        for name, step in {"before": 0, "after": last_step}.items():
+            if self.step == step:
+                corner = cross_correlation(z_a.detach()[:, :CORNER], z_b.detach()[:, :CORNER])
+                self.correlation[name] = corner.cpu()
         self.step += 1
 
     def check_finite(self, p: Pretrain) -> None:
@@ -186,7 +188,7 @@ def finish(run: Training, identity: dict[str, Any]) -> None:
     """Write what later stages read, then drop the checkpoints: a forced run should train again."""
     metadata = identity | {"version": __version__, "steps": run.step}
     model.save_weights(files.ENCODER, run.network.backbone.state_dict(), metadata)
-    model.save_weights(CORRELATION, run.correlation, {})
+    model.save_weights(files.CORRELATION, run.correlation, {})
     files.write_json(files.REPORTS / "pretrain.json", run.history[-1] | {"epochs": len(run.history)})
     checkpoint.clear(RESUME)
 

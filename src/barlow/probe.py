@@ -33,7 +33,7 @@ def fit_linear(features: Features, labels: Labels, classes: int, l2: float) -> t
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     folded = weight.detach() / deviation
     return folded, bias.detach() - folded @ mean
 
@@ -62,7 +62,7 @@ def knn(
     """
     bank = functional.normalize(bank).T
     scores = []
-    for chunk in functional.normalize(queries).split(1024):
+    for chunk in torch.split(functional.normalize(queries), 1024):
         similarity, nearest = (chunk @ bank).topk(min(k, bank.shape[1]))
         votes = torch.zeros(len(chunk), classes, device=chunk.device)
         scores.append(votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp()))

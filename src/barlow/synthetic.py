@@ -120,7 +120,8 @@ def surface(family: str, size: int, rng: np.random.Generator) -> np.ndarray[Any,
     towards = rng.uniform(0, 2 * np.pi)
     grey *= 1 + rng.uniform(0, 0.3) * (x * np.cos(towards) + y * np.sin(towards))
     pixels = grey[..., None] + rng.normal(0, 4, 3) + rng.normal(0, rng.uniform(2, 8), (size, size, 3))
-    return pixels.clip(0, 255).round().astype(np.uint8)
+    image: np.ndarray[Any, np.dtype[np.uint8]] = pixels.clip(0, 255).round().astype(np.uint8)
+    return image
 
 
 def write(root: Path, p: params.Synthetic) -> None:
