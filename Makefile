@@ -9,7 +9,7 @@ help: ## list the targets
 
 # uv reads the lock and installs it in parallel; the stamp is written last, so an interrupted install starts again.
 .venv/installed: requirements.lock pyproject.toml
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
 	.venv/bin/uv pip sync --quiet --python .venv/bin/python --require-hashes requirements.lock
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
@@ -17,10 +17,38 @@ help: ## list the targets
 
 setup: .venv/installed ## build .venv from requirements.lock
 
-lock: .venv/installed ## resolve pyproject.toml again into requirements.lock
-	uv pip compile --quiet --universal --all-extras --generate-hashes --no-header --no-emit-index-url --no-emit-find-links pyproject.toml --output-file requirements.lock
+LOCK = uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-header --no-emit-index-url \
+  --no-emit-find-links pyproject.toml
+lock: .venv/installed ## resolve pyproject.toml again into requirements.lock and requirements-serve.lock
+	$(LOCK) --all-extras --output-file requirements.lock
+	$(LOCK) --extra serve --no-annotate --constraint requirements.lock --output-file requirements-serve.lock
 
-clean: ## remove what the stages wrote and the environment
-	rm -rf .venv .cache data/* models/*.onnx models/*.safetensors
+repro: .venv/installed ## run the whole pipeline on data.source; what is up to date is not run again
+	barlow scan
+	dvc repro
+	barlow summary
 
-.PHONY: help setup lock clean
+test: .venv/installed ## check, then run every test
+	$(MAKE) --no-print-directory check
+	python -m pytest
+
+check: .venv/installed ## format, lint and types; changes nothing
+	ruff format --check
+	ruff check
+	mypy
+
+bench: .venv/installed ## run benchmarks/, each a ratio to what a user would pick instead
+	python benchmarks/loss.py
+
+seeds: .venv/installed ## the headline figures for three seeds, on the shards of the last repro (about 15 minutes)
+	python benchmarks/seeds.py
+
+serve: .venv/installed ## serve models/encoder.onnx on http://127.0.0.1:8000
+	barlow serve
+
+clean: ## remove the environment and what the stages wrote; no image folder of yours is touched
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache data/raw data/shards data/*.parquet data/.*.parquet \
+	  data/quarantine.csv data/*.safetensors models/*.onnx models/*.safetensors models/resume \
+	  reports/pretrain reports/data_docs reports/index.html reports/confusion.csv
+
+.PHONY: help setup lock repro test check bench seeds serve clean

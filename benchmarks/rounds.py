@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 ROUNDS = 7
 
@@ -26,7 +27,7 @@ def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object],
 
 def hardware() -> str:
     """Name the processor and the number of cores this process may use."""
-    with open("/proc/cpuinfo") as file:
+    with Path("/proc/cpuinfo").open() as file:
         model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+from typing import Any
 
+from barlow import __version__, files
 from barlow.errors import DataError, Interrupted, UserError
 
 STAGES = {
@@ -22,24 +25,63 @@ STAGES = {
 def parser() -> argparse.ArgumentParser:
     """Build the parser; imports nothing heavy."""
     main = argparse.ArgumentParser(prog="barlow", description="Barlow Twins: unlabelled images to a served encoder.")
+    main.add_argument("--version", action="version", version=f"barlow {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for stage, text in STAGES.items():
         commands.add_parser(stage, help=text, description=f"Stage `{stage}`: {text}. Settings: params.yaml.")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text)
+
+    command("scan", "note in data/source.json which files data.source has, so that DVC sees added images")
+    command("summary", "print the headline figures of the last run")
+    preset = command("preset", "merge presets/NAME.yaml into params.yaml and print what changed")
+    preset.add_argument("name", metavar="NAME")
+    embed = command("embed", "embed images with an exported encoder")
+    embed.add_argument("paths", nargs="+", metavar="FILE|FOLDER")
+    embed.add_argument("--out", required=True, metavar="PARQUET", help="written: path, embedding, and class if known")
+    serve = command("serve", "serve an exported encoder over HTTP")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
+    for reader in (embed, serve):
+        reader.add_argument("--model", default=str(files.ONNX), metavar="ONNX", help="default %(default)s")
     return main
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = vars(parser().parse_args(argv))
+    command = arguments.pop("command")
     try:
-        if arguments.command in STAGES:
-            from barlow import params
-
-            importlib.import_module(f"barlow.{arguments.command}").run(params.load())
+        dispatch(command, arguments)
     except (UserError, DataError, Interrupted) as error:
-        print(f"barlow {arguments.command}: {error}", file=sys.stderr)
+        print(f"barlow {command}: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "barlow").partition(".")[0] == "barlow":
+            raise
+        extra = command if command in ("embed", "serve") else "train"
+        print(f"barlow {command}: {error.name} is not installed; pip install 'barlow[{extra}]'", file=sys.stderr)
+        return UserError.exit_code
     return 0
+
+
+def dispatch(command: str, arguments: dict[str, Any]) -> None:
+    """Import what the command needs and run it."""
+    # Threads that wait for others sleep and do not spin. Spinning gains little on an idle machine and costs most of the
+    # speed on a busy one. OpenMP reads this when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if command in STAGES or command == "scan":
+        from barlow import params  # here, since the serving image has no YAML reader
+
+        settings = params.load()
+        if command == "scan":
+            importlib.import_module("barlow.ingest").scan(settings.data)
+        else:
+            importlib.import_module(f"barlow.{command}").run(settings)
+    else:
+        entry = {"embed": "embed_files", "serve": "serve"}.get(command, "run")
+        getattr(importlib.import_module(f"barlow.{command}"), entry)(**arguments)
 
 
 if __name__ == "__main__":

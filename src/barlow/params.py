@@ -1,4 +1,4 @@
-"""`params.yaml` as frozen dataclasses: no defaults, and one clear line for whatever is unknown, missing or impossible."""
+"""`params.yaml` as frozen dataclasses: no defaults, and one clear line for what is unknown, missing or impossible."""
 
 from __future__ import annotations
 
@@ -139,6 +139,7 @@ class Pretrain:
     trust_coefficient: Above0
     precision: Literal["bf16", "fp32", "auto"]
     device: Literal["cpu", "cuda", "auto"]
+    processes: Positive | None
     checkpoint_seconds: NonNegative
 
 
@@ -150,14 +151,13 @@ class Evaluate:
     knn_k: Positive
     knn_temperature: Above0
     probe_l2: tuple[NonNegative, ...]
-    resamples: Annotated[int, Range(100)]
 
 
 @dataclass(frozen=True)
 class Export:
     """The `export` stage."""
 
-    opset: Annotated[int, Range(18)]
+    opset: Annotated[int, Range(18, 23)]
     parity_images: Annotated[int, Range(3)]
     min_cosine: Fraction
 
@@ -255,7 +255,9 @@ def _build_section(kind: Any, value: Any, file: str, key: str) -> Any:
     for name in value:
         if name not in hints:
             close = difflib.get_close_matches(str(name), hints, 1, 0.0)[0]
-            raise UserError(f"{file}: {prefix}{name}={value[name]!r} is not a known key; the nearest is {prefix}{close}")
+            raise UserError(
+                f"{file}: {prefix}{name}={value[name]!r} is not a known key; the nearest is {prefix}{close}"
+            )
     for name in hints:
         if name not in value:
             raise UserError(f"{file}: {prefix}{name} is missing; {kind.__doc__} Its keys: {', '.join(hints)}")

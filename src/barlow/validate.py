@@ -1,0 +1,177 @@
+"""`barlow validate`: hold the manifest against the Great Expectations suites, and put aside what does not pass.
+
+Reads `validate` of params.yaml and data/manifest.parquet; writes data/accepted.parquet (the rows that go on) and
+data/quarantine.csv (path, reason), which together have every row, reports/validation.json and reports/data_docs/.
+Exits 3, without data/accepted.parquet, when the data set as a whole is not good enough.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from barlow import expectations, files, manifest
+from barlow.errors import DataError, UserError
+from barlow.expectations import Outcome
+from barlow.params import Params
+
+SUMMARY = files.REPORTS / "validation.json"
+DOCS = files.REPORTS / "data_docs"
+# Outside what DVC removes before it runs the stage. Two generations, so that validating again compares as before.
+LAST = Path("data/.last_accepted.json")
+SHOWN = 10  # paths in a message
+
+
+def run(params: Params) -> None:
+    """Run the stage."""
+    table = manifest.read()
+    for output in (files.ACCEPTED, files.QUARANTINE, SUMMARY):
+        output.unlink(missing_ok=True)
+    suites = expectations.suites(params.validate)
+    context = expectations.new_context(DOCS)
+
+    def check(name: str, frame: pd.DataFrame) -> list[Outcome]:
+        return expectations.check(context, name, frame, suites[name]) if len(frame) else []
+
+    found = check("schema", _schema(table.schema))
+    if not found[0].success:
+        files.write_json(SUMMARY, _summary(found))
+        expectations.write_docs(context, DOCS, found)
+        raise DataError(_message(found, pd.DataFrame()))
+
+    rows = table.to_pandas()
+    found += check("files", rows[["path", "error"]])
+    images = rows[rows["error"].isna()].astype({"width": int, "height": int})
+    found += check("images", images)
+    quarantine = _quarantine({outcome.name: outcome for outcome in found}, images)
+    accepted = rows[~rows["path"].isin(quarantine["path"])]
+    assert len(accepted) + len(quarantine) == len(rows)
+    found += check("dataset", pd.DataFrame({"name": ["all"], "accepted_fraction": [len(accepted) / len(rows)]}))
+    found += check("classes", _classes(images, accepted))
+    last, drift = _drift(accepted, params.data.source)
+    found += check("drift", drift)
+
+    with files.replacing(files.QUARANTINE) as temporary:
+        quarantine[["path", "reason"]].to_csv(temporary, index=False, lineterminator="\n")
+    files.write_json(SUMMARY, _counts(accepted, quarantine) | _summary(found))
+    expectations.write_docs(context, DOCS, found)
+    for outcome in found:
+        if not outcome.success and outcome.severity == "warning":
+            print(f"warning: {outcome.name}: {_figures(outcome)}")
+    critical = [outcome for outcome in found if not outcome.success and outcome.severity == "critical"]
+    if critical:
+        raise DataError(_message(critical, quarantine))
+    trainable = int(accepted["split"].isin(["pretrain", "train"]).sum())
+    if trainable < 2:
+        raise UserError(f"data.source={params.data.source} has {trainable} accepted images to train on; add images")
+    manifest.write(table.filter(pa.array(rows.index.isin(accepted.index))), files.ACCEPTED)
+    files.write_json(LAST, last)
+    kinds = "".join(f", {kind} {n}" for kind, n in quarantine["kind"].value_counts().sort_index().items())
+    print(f"{len(rows)} images: {len(accepted)} accepted, {len(quarantine)} in quarantine{kinds}")
+
+
+def _schema(schema: pa.Schema) -> pd.DataFrame:
+    """Return the manifest's columns, the types found and the types expected; "" for a column that is not there."""
+    found, expected = ({field.name: str(field.type) for field in s} for s in (schema, manifest.SCHEMA))
+    names = list(expected | found)
+    return pd.DataFrame(
+        {"column": names, "found": [found.get(n, "") for n in names], "expected": [expected.get(n, "") for n in names]}
+    )
+
+
+def _quarantine(found: dict[str, Outcome], images: pd.DataFrame) -> pd.DataFrame:
+    """Return path, reason and the first reason's kind of every file that is put aside, sorted by path.
+
+    Of the copies of one image, one stays: in test before val, train and pretrain, then the first path. So no image that
+    is tested on was ever trained on.
+    """
+    reasons: dict[str, dict[str, list[str]]] = {}  # path -> rule -> what does not meet it
+    kinds: dict[str, str] = {}
+    for name in ("decodable", "format", "mode", "width", "height", "bytes"):
+        if name not in found:
+            continue
+        for path, value in found[name].rows.items():
+            fact, rule = (value, "") if name == "decodable" else (f"{name} {value}", f": {found[name].rule}")
+            reasons.setdefault(path, {}).setdefault(rule, []).append(fact)
+            kinds.setdefault(path, name)
+    if "unique" in found:
+        copies = images[images["path"].isin(found["unique"].rows) & ~images["path"].isin(reasons)]
+        copies = copies.assign(rank=copies["split"].map(manifest.SPLITS.index)).sort_values(
+            ["rank", "path"], ascending=[False, True]
+        )
+        kept = copies.groupby("sha256")["path"].transform("first")
+        for path, first in zip(copies["path"], kept, strict=True):
+            if path != first:
+                reasons[path], kinds[path] = {"": [f"duplicate of {first}"]}, "duplicate"
+    rows = [
+        (path, "; ".join(", ".join(facts) + rule for rule, facts in reasons[path].items()), kinds[path])
+        for path in sorted(reasons)
+    ]
+    return pd.DataFrame(rows, columns=["path", "reason", "kind"], dtype=object)
+
+
+def _classes(images: pd.DataFrame, accepted: pd.DataFrame) -> pd.DataFrame:
+    """Count the accepted images of every class in each labelled split; 0 where a class is missing from one."""
+    labelled = accepted[accepted["label"].notna() & (accepted["split"] != "pretrain")]
+    pairs = pd.MultiIndex.from_product([sorted(labelled["split"].unique()), sorted(images["label"].dropna().unique())])
+    counts = labelled.groupby(["split", "label"]).size().reindex(pairs, fill_value=0)
+    return pd.DataFrame({"class": [f"{split}/{label}" for split, label in pairs], "images": counts.to_numpy(int)})
+
+
+def _drift(accepted: pd.DataFrame, source: str) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Compare brightness and contrast with those of the source's last accepted manifest.
+
+    Returns what to remember if this one is accepted, and the Kolmogorov-Smirnov distances of the histograms in whole
+    grey levels: one row, or none when there is nothing to compare with.
+    """
+    now = {c: np.bincount(accepted[c].round().astype(int), minlength=256).tolist() for c in ("brightness", "contrast")}
+    digest = files.sha256(files.MANIFEST)
+    try:
+        last = files.read_json(LAST)
+    except (FileNotFoundError, ValueError):
+        last = {}
+    before = (
+        last.get("before" if last.get("manifest") == digest else "histograms") if last.get("source") == source else None
+    )
+    distances = pd.DataFrame({"name": ["all"]} | {c: [_ks(now[c], before[c])] for c in now} if before else {})
+    return {"source": source, "manifest": digest, "histograms": now, "before": before}, distances
+
+
+def _ks(a: list[int], b: list[int]) -> float:
+    """Return the Kolmogorov-Smirnov distance of two histograms: the largest gap between their cumulative shares."""
+    shares = [np.cumsum(histogram) / max(sum(histogram), 1) for histogram in (a, b)]
+    return float(np.abs(shares[0] - shares[1]).max())
+
+
+def _counts(accepted: pd.DataFrame, quarantine: pd.DataFrame) -> dict[str, int]:
+    counts = {"images": len(accepted) + len(quarantine), "accepted": len(accepted), "quarantined": len(quarantine)}
+    counts |= {f"accepted_{split}": int((accepted["split"] == split).sum()) for split in manifest.SPLITS}
+    return counts | {f"quarantined_{kind}": int(n) for kind, n in quarantine["kind"].value_counts().items()}
+
+
+def _summary(found: list[Outcome]) -> dict[str, Any]:
+    fields = ("success", "severity", "observed", "bound", "unexpected")
+    return {f"{outcome.name}_{field}": getattr(outcome, field) for outcome in found for field in fields}
+
+
+def _figures(outcome: Outcome) -> str:
+    rows = f", {outcome.unexpected} outside" if outcome.unexpected else ""
+    return f"{outcome.observed:g} against {outcome.bound:g}{rows}; {outcome.rule}"
+
+
+def _message(failed: list[Outcome], quarantine: pd.DataFrame) -> str:
+    """Return the table of what failed, with the first names of each kind."""
+    lines = [f"the data failed validation; see {DOCS}/index.html", f"  {'check':18}{'found':>10}{'bound':>10}  setting"]
+    for outcome in failed:
+        lines.append(f"  {outcome.name:18}{outcome.observed:10g}{outcome.bound:10g}  {outcome.rule}")
+        if outcome.name in ("schema", "images_per_class"):
+            lines += [f"    {name}: {value}" for name, value in islice(outcome.rows.items(), SHOWN)]
+    if len(quarantine):
+        lines.append(f"put aside, {min(SHOWN, len(quarantine))} of {len(quarantine)} (all in {files.QUARANTINE}):")
+        lines += [f"  {row.path}: {row.reason}" for row in quarantine.head(SHOWN).itertuples()]
+    return "\n".join(lines)
