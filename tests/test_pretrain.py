@@ -41,6 +41,8 @@ def stop_after(monkeypatch, steps):
 def test_it_learns_and_writes_what_later_stages_read(project, smoke, change):
     _, report = run(change(smoke, "pretrain", epochs=3))
     assert report["epochs"] == 3
+    seconds = [float(line.split("\t")[1]) for line in open_lines("reports/pretrain/plots/metrics/seconds.tsv")[1:]]
+    assert report["seconds"] == pytest.approx(sum(seconds))
     curve = [float(line.split("\t")[1]) for line in open_lines("reports/pretrain/plots/metrics/loss.tsv")[1:]]
     assert len(curve) == 3
     assert curve[-1] < curve[0]

@@ -189,7 +189,8 @@ def finish(run: Training, identity: dict[str, Any]) -> None:
     metadata = identity | {"version": __version__, "steps": run.step}
     model.save_weights(files.ENCODER, run.network.backbone.state_dict(), metadata)
     model.save_weights(files.CORRELATION, run.correlation, {})
-    files.write_json(files.REPORTS / "pretrain.json", run.history[-1] | {"epochs": len(run.history)})
+    whole = {"epochs": len(run.history), "seconds": sum(row["seconds"] for row in run.history)}
+    files.write_json(files.REPORTS / "pretrain.json", run.history[-1] | whole)
     checkpoint.clear(RESUME)
 
 
