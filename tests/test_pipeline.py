@@ -49,6 +49,8 @@ def project(tmp_path_factory):
             (project / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, project / name)
     run(project, "git", "init", "--quiet")
+    run(project, "git", "add", "--all")
+    run(project, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "clone")
     run(project, "barlow", "preset", "smoke")
     return project
 
