@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jaxtyping import install_import_hook
+
+install_import_hook(["barlow.loss", "barlow.probe"], "beartype.beartype")  # shapes in annotations are checked, in tests
 
 os.environ.update(DVC_NO_ANALYTICS="1", DO_NOT_TRACK="1")
 ROOT = Path(__file__).parent.parent

@@ -56,7 +56,7 @@ def test_wilson_interval_equals_the_published_example():
     assert (round(low / 100, 4), round(high / 100, 4)) == (0.2553, 0.3662)
 
 
-@pytest.mark.parametrize("percent", [0, 100])
+@pytest.mark.parametrize("percent", [0.0, 100.0])
 def test_wilson_interval_at_the_ends(percent):
     low, high = probe.wilson_interval(percent, 50)
     assert low <= percent + 1e-9

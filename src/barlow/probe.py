@@ -39,7 +39,10 @@ def fit_linear(features: Features, labels: Labels, classes: int, l2: float) -> t
 
 
 def choose_linear(
-    train: tuple[Features, Labels], val: tuple[Features, Labels], classes: int, l2s: tuple[float, ...]
+    train: tuple[Float[Tensor, "train dim"], Int[Tensor, " train"]],
+    val: tuple[Float[Tensor, "val dim"], Int[Tensor, " val"]],
+    classes: int,
+    l2s: tuple[float, ...],
 ) -> tuple[Tensor, Tensor, float]:
     """Fit on `train` once for each of `l2s` and return (weight, bias, l2) of the one that is best on `val`."""
 
@@ -54,8 +57,13 @@ def choose_linear(
 
 
 def knn(
-    queries: Features, bank: Features, labels: Labels, classes: int, k: int, temperature: float
-) -> Float[Tensor, "batch classes"]:
+    queries: Float[Tensor, "queries dim"],
+    bank: Float[Tensor, "bank dim"],
+    labels: Int[Tensor, " bank"],
+    classes: int,
+    k: int,
+    temperature: float,
+) -> Float[Tensor, "queries {classes}"]:
     """Score classes by the k nearest of `bank` in cosine similarity s, each with weight exp(s / temperature).
 
     The weighted kNN of Wu et al., arXiv 1805.01978, section 3.4.
