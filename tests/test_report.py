@@ -102,17 +102,18 @@ def write_stages(classes=CLASSES, test=60, epochs=14, labelled=True):
     model.save_weights(files.CORRELATION, matrices, {})
     model.save_weights(files.ENCODER, {"w": torch.zeros(1)}, {"data": shards.digest(shards.tars("pretrain"))})
 
-    labels = torch.arange(test if labelled else 0) % len(classes)
+    labels = torch.arange(test) % len(classes)
     wrong = torch.tensor(rng.random(len(labels)) < 0.4, dtype=torch.bool)
     predictions = torch.where(wrong, (labels * 2 + 1) % len(classes), labels)
     features = torch.tensor(rng.normal(size=(len(labels), 64))).float() + 3 * torch.eye(64)[labels]
-    tensors = {"features": features, "labels": labels, "predictions": predictions}
+    tensors = {"features": features, "labels": labels if labelled else torch.full_like(labels, -1)}
     keys = [sample.key for sample in samples("test", len(labels), classes)]
     model.save_weights(files.FEATURES, tensors, {"keys": keys, "classes": known})
     with files.CONFUSION.open("w", newline="") as file:
         csv.writer(file).writerows([["actual", "predicted"]])
-        csv.writer(file).writerows([classes[a], classes[b]] for a, b in zip(labels, predictions, strict=True))
-    metrics = {"classes": len(known), "train_images": 10, "val_images": 10, "test_images": len(labels)}
+        if labelled:
+            csv.writer(file).writerows([classes[a], classes[b]] for a, b in zip(labels, predictions, strict=True))
+    metrics = {"classes": len(known), "train_images": 10, "val_images": 10, "test_images": len(labels) * labelled}
     for who, rank, tops in (("", 87.654, (58.76, 51.23)), ("random_", 9.876, (24.56, 16.78))):
         metrics |= {f"{who}effective_rank": rank, f"{who}feature_std": 0.71, f"{who}health_images": 1000}
         metrics |= {f"{who}alignment": 0.321, f"{who}uniformity": -2.345}
@@ -209,7 +210,12 @@ def test_without_labels_the_page_says_so(tmp_path, monkeypatch, smoke):
     assert "No accuracy" in page.text["headline"]
     assert "87.7" in page.text["headline"]
     assert "Nothing to show" in page.text["confusion"]
-    assert "Nothing to show" in page.text["neighbours"]
+    assert "✓" not in page.text["neighbours"]
+    assert "Nearest neighbours" in page.text["neighbours"]
+    assert "Nothing to show" not in page.text["neighbours"]
+    html = summary.REPORT.read_text()
+    section = html.partition('<section id="neighbours">')[2].partition("</section>")[0]
+    assert section.count("<figure><img") == 7 * smoke.report.images
 
 
 def test_curves_and_pretraining_figures(project, page):

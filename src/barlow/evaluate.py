@@ -2,7 +2,7 @@
 
 Reads models/encoder.safetensors and data/shards/{train,val,test}-*.tar. Writes reports/evaluate.json,
 reports/confusion.csv, models/head.safetensors (the linear probe, which `export` puts into the ONNX file) and
-data/features.safetensors (the test images' features and predictions, for the report).
+data/features.safetensors (the test images' features, for the report).
 
 Protocol: features are the backbone's, of the whole image resized, with no augmentation. The probe's l2 is chosen on
 val; the probe and kNN learn from train alone; test is predicted once. Without labels only the health figures remain.
@@ -14,7 +14,6 @@ import csv
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,10 +30,10 @@ HEALTH_IMAGES = 2000  # that the health figures look at; pairwise distances cost
 
 
 class Split(NamedTuple):
-    """The labelled images of a split as the encoder sees them."""
+    """Images of a split as the encoder sees them."""
 
     features: Tensor  # float32 (n, dim)
-    labels: Tensor  # int64 (n,)
+    labels: Tensor  # int64 (n,), -1: none
     keys: list[str]
 
 
@@ -60,48 +59,47 @@ def run(params: Params) -> None:
 
     metrics: dict[str, float] = {"classes": len(classes)}
     for prefix, network in {"random_": random, "": encoder}.items():
-        splits = {name: embed(network, shards.tars(name), device) for name in ("train", "val", "test")}
+        splits = {name: embed(network, labelled(name), device) for name in ("train", "val", "test")}
         scores = score(splits, len(classes), params.evaluate)
         figures = scores.metrics | health(network, params.views, params.evaluate.seed, device)
         metrics |= {prefix + name: value for name, value in figures.items()}
     metrics |= {f"{name}_images": len(split.keys) for name, split in splits.items()}
 
-    test = splits["test"]
     model.save_weights(files.HEAD, scores.head, {"classes": classes if scores.head else []})
-    tensors = {"features": test.features, "labels": test.labels, "predictions": scores.predictions}
-    model.save_weights(files.FEATURES, tensors, {"keys": test.keys, "classes": classes})
+    test = splits["test"]
+    if not test.keys:  # nearest neighbours tell something without labels too
+        test = embed(encoder, islice(shards.read(shards.tars("test")), HEALTH_IMAGES), device)
+    metadata = {"keys": test.keys, "classes": classes}
+    model.save_weights(files.FEATURES, {"features": test.features, "labels": test.labels}, metadata)
     with files.replacing(files.CONFUSION) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["actual", "predicted"])
-        for pair in zip(test.labels.tolist(), scores.predictions.tolist(), strict=False):
-            rows.writerow(classes[i] for i in pair)
+        if scores.head:
+            for pair in zip(test.labels.tolist(), scores.predictions.tolist(), strict=True):
+                rows.writerow(classes[i] for i in pair)
     files.write_json(files.REPORTS / "evaluate.json", metrics)
     print(summary.table(metrics))
 
 
-def embed(encoder: model.FrozenEncoder, tars: list[Path], device: torch.device) -> Split:
-    """Embed the labelled images of `tars`."""
-    labelled = (sample for sample in shards.read(tars) if sample.label >= 0)
-    features, labels, keys = [torch.zeros(0, encoder.backbone.dim)], list[int](), list[str]()
-    for samples, pixels in decoded(labelled, encoder, device):
-        with torch.inference_mode():
-            features.append(encoder.backbone(pixels).float().cpu())
-        labels += [sample.label for sample in samples]
-        keys += [sample.key for sample in samples]
-    return Split(torch.cat(features).clone(), torch.tensor(labels, dtype=torch.long), keys)
+def labelled(split: str) -> Iterator[shards.Sample]:
+    """Yield the images of a split that have a label."""
+    return (sample for sample in shards.read(shards.tars(split)) if sample.label >= 0)
 
 
-def decoded(
-    samples: Iterator[shards.Sample], encoder: model.FrozenEncoder, device: torch.device
-) -> Iterator[tuple[list[shards.Sample], Tensor]]:
-    """Yield chunks of samples with their preprocessed pixels, float32 (chunk, 3, size, size)."""
+def embed(encoder: model.FrozenEncoder, samples: Iterator[shards.Sample], device: torch.device) -> Split:
+    """Decode and embed images, some at a time."""
 
     def preprocess(sample: shards.Sample) -> Tensor:
         return encoder.preprocess(torch.tensor(images.decode(sample.data))[None].to(device))
 
-    with ThreadPoolExecutor(files.cpus()) as pool:
+    features, labels, keys = [torch.zeros(0, encoder.backbone.dim)], list[int](), list[str]()
+    with ThreadPoolExecutor(files.cpus()) as pool, torch.inference_mode():
         while chunk := list(islice(samples, CHUNK)):
-            yield chunk, torch.cat(list(pool.map(preprocess, chunk)))
+            pixels = torch.cat(list(pool.map(preprocess, chunk)))
+            features.append(encoder.backbone(pixels).float().cpu())
+            labels += [sample.label for sample in chunk]
+            keys += [sample.key for sample in chunk]
+    return Split(torch.cat(features).clone(), torch.tensor(labels, dtype=torch.long), keys)
 
 
 def score(splits: dict[str, Split], classes: int, p: Evaluate) -> Scores:
@@ -125,10 +123,9 @@ def health(encoder: model.FrozenEncoder, views: Views, seed: int, device: torch.
     tars = shards.tars("val")
     if shards.count(tars) < MIN_HEALTH_IMAGES:
         tars = shards.tars("pretrain")
+    features = embed(encoder, islice(shards.read(tars), HEALTH_IMAGES), device).features
+    batch = min(len(features), CHUNK)
     with torch.inference_mode():
-        chunks = decoded(islice(shards.read(tars), HEALTH_IMAGES), encoder, device)
-        features = torch.cat([encoder.backbone(pixels) for _, pixels in chunks]).cpu()
-        batch = min(len(features), CHUNK)
         twins = islice(TwinViews(tars, views, batch, seed), max(len(features) // batch, 1))
         pairs = [[encoder.backbone(view.to(device)).cpu() for view in pair] for pair in twins]
         view_a, view_b = (torch.cat(parts) for parts in zip(*pairs, strict=True))

@@ -152,7 +152,7 @@ def confusion(classes: list[str]) -> dict[str, Any] | None:
 
 
 def neighbours(features: dict[str, Tensor], names: dict[str, Any], n: int) -> list[list[dict[str, Any]]]:
-    """Return rows of a test image and those nearest to it by cosine similarity; no rows where none has a label."""
+    """Return rows of a test image and those nearest to it by cosine similarity; no rows where there are none."""
     labels = features["labels"].tolist()
     if not labels:
         return []
@@ -164,7 +164,7 @@ def neighbours(features: dict[str, Tensor], names: dict[str, Any], n: int) -> li
     pictures = thumbnails({names["keys"][i] for row in [chosen, *nearest] for i in row})
 
     def shown(i: int) -> dict[str, Any]:
-        return {"picture": pictures[names["keys"][i]], "class": names["classes"][labels[i]]}
+        return {"picture": pictures[names["keys"][i]], "class": names["classes"][labels[i]] if labels[i] >= 0 else None}
 
     return [[shown(i) for i in (query, *row)] for query, row in zip(chosen, nearest, strict=True)]
 
