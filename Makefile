@@ -28,7 +28,10 @@ repro: .venv/installed ## run the whole pipeline on data.source; what is up to d
 	dvc repro
 	barlow summary
 
-test: .venv/installed ## check, then run every test
+system: # what some tests need besides Python; they skip where this cannot install it
+	@command -v ip >/dev/null || [ "$$(id -u)" != 0 ] || (apt-get update -qq && apt-get install -qq -y iproute2) || true
+
+test: .venv/installed system ## check, then run every test
 	$(MAKE) --no-print-directory check
 	python -m pytest
 
@@ -37,8 +40,10 @@ check: .venv/installed ## format, lint and types; changes nothing
 	ruff check
 	mypy
 
-bench: .venv/installed ## run benchmarks/, each a ratio to what a user would pick instead
+bench: .venv/installed ## run benchmarks/, each a ratio to what a user would pick instead; IMAGES=folder of 32-px JPEGs
 	python benchmarks/loss.py
+	python benchmarks/views.py $(IMAGES)
+	python benchmarks/step.py $(IMAGES)
 
 seeds: .venv/installed ## the headline figures for three seeds, on the shards of the last repro (about 15 minutes)
 	python benchmarks/seeds.py
@@ -51,4 +56,4 @@ clean: ## remove the environment and what the stages wrote; no image folder of y
 	  data/quarantine.csv data/*.safetensors models/*.onnx models/*.safetensors models/resume \
 	  reports/pretrain reports/data_docs reports/index.html reports/confusion.csv
 
-.PHONY: help setup lock repro test check bench seeds serve clean
+.PHONY: help system setup lock repro test check bench seeds serve clean

@@ -15,7 +15,7 @@ ROUNDS = 7
 def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object], rounds: int = ROUNDS) -> None:
     """Time the two in turn after a warm-up and print the medians and the ratio theirs / ours, its median and range."""
     ours(), theirs()
-    pairs = [(_seconds(theirs), _seconds(ours)) for _ in range(rounds)]
+    pairs = [(seconds(theirs), seconds(ours)) for _ in range(rounds)]
     ratios = [b / a for b, a in pairs]
     b, a = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(
@@ -32,7 +32,8 @@ def hardware() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object]) -> float:
+    """Return the wall time of a call."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started

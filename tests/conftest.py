@@ -34,6 +34,17 @@ def change():
 
 
 @pytest.fixture
+def plain(smoke):
+    """`plain(flip=1.0)` returns view settings that change nothing but what is given."""
+    nothing = {
+        "crop_area": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "jitter": 0.0, "brightness": 0.0,
+        "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grayscale": 0.0, "blur": (0.0, 0.0), "blur_sigma": (1.0, 1.0),
+        "solarize": (0.0, 0.0), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "size": 8,
+    }  # fmt: skip
+    return lambda **values: dataclasses.replace(smoke.views, **nothing | values)
+
+
+@pytest.fixture
 def mean_onnx():
     """`mean_onnx(path, classes)` writes an encoder made without torch: mean red, green, blue; logits are twice that."""
 
@@ -79,7 +90,8 @@ def small_shards(tmp_path_factory, smoke):
         rng = np.random.default_rng([len(split), i])
         buffer = io.BytesIO()
         Image.fromarray(synthetic.surface(classes[i % 4], 28, rng)).save(buffer, "JPEG")
-        return shards.Sample(f"{split}{i:04d}", buffer.getvalue(), "jpg", -1 if split == "pretrain" else i % 4)
+        label = -1 if split == "pretrain" else i % 4
+        return shards.Sample(f"{split}{i:04d}", buffer.getvalue(), "jpg", label, height=28, width=28)
 
     for split, count in {"pretrain": 200, "train": 60, "val": 30, "test": 60}.items():
         shards.write(folder / f"{split}-000000.tar", (sample(split, i) for i in range(count)))

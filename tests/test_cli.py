@@ -51,6 +51,18 @@ def test_scan_passes_the_data_section(stage):
     assert seen[0].source == "synthetic"
 
 
+def test_only_pretrain_has_a_dry_run(stage, monkeypatch, capsys):
+    seen = []
+    module = types.ModuleType("barlow.pretrain")
+    module.run = lambda params, dry_run: seen.append(dry_run)
+    monkeypatch.setitem(sys.modules, "barlow.pretrain", module)
+    assert cli.main(["pretrain"]) == cli.main(["pretrain", "--dry-run"]) == 0
+    assert seen == [False, True]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["ingest", "--dry-run"])
+    assert "unrecognized arguments: --dry-run" in capsys.readouterr().err
+
+
 def test_help_imports_nothing_heavy():
     code = "import sys; from barlow import cli; cli.parser(); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from barlow import evaluate, files, images, model, probe, shards
+from barlow import evaluate, files, images, model, shards
 
 
 @pytest.fixture
@@ -103,23 +103,3 @@ def test_health_looks_at_pretrain_where_val_is_small(encoder, smoke, monkeypatch
         monkeypatch.setattr(evaluate, "MIN_HEALTH_IMAGES", minimum)
         figures = evaluate.health(encoder, smoke.views, 0, torch.device("cpu"))
         assert figures["health_images"] == expected
-
-
-def test_features_of_mixed_sizes(encoder, smoke, project, small_shards):
-    import io
-
-    from PIL import Image
-
-    def resized(sample, size):
-        buffer = io.BytesIO()
-        Image.fromarray(images.decode(sample.data)).resize(size).save(buffer, "PNG")
-        return sample._replace(data=buffer.getvalue(), extension="png")
-
-    train = list(shards.read(shards.tars("train", small_shards)))[:3]
-    mixed = [resized(s, size) for s, size in zip(train, [(30, 20), (50, 60), (8, 9)], strict=True)]
-    shards.write(project / "mixed.tar", mixed)
-    split = evaluate.embed(encoder, shards.read([project / "mixed.tar"]), torch.device("cpu"))
-    for sample, feature in zip(mixed, split.features, strict=True):
-        expected = encoder(torch.tensor(images.decode(sample.data))[None])[0]
-        torch.testing.assert_close(feature, expected, atol=1e-4, rtol=1e-4)
-    assert probe.accuracy(split.labels, torch.tensor([s.label for s in mixed])) == 100

@@ -28,7 +28,7 @@ def sample(index, size):
     pixels = 128 + 80 * np.sin((rows * (1 + index % 3) + columns) / 4)[:, :, None] + noise
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
-    return shards.Sample(f"{index:024x}", buffer.getvalue(), "jpg", index % 3)
+    return shards.Sample(f"{index:024x}", buffer.getvalue(), "jpg", index % 3, height, width)
 
 
 def write_weights(params, head=True, seed=0):

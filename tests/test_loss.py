@@ -7,6 +7,7 @@ from barlow import loss
 from barlow.loss import barlow_twins_loss, cross_correlation
 
 SIZES = [(8, 16), (8, 128), (64, 16), (64, 512), (256, 16), (256, 1024)]
+GRID = [(n, dim) for n in (8, 64, 256, 1024) for dim in (16, 128, 2048, 8192)]
 
 
 def paper_loss(z_a, z_b, lambd):
@@ -30,6 +31,51 @@ def gradients(function, *views):
     total = function(*views)
     total.backward()
     return total.detach(), torch.cat([view.grad for view in views])
+
+
+def chunked_paper_gradient(z_a, z_b, lambd, rows=1024):
+    """The gradient of `paper_loss` by hand, from some rows of C at a time, so that D may be large."""
+    views = [z.requires_grad_() for z in (z_a, z_b)]
+    a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in views)
+    n, dim = a.shape
+    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
+    with torch.no_grad():
+        for start in range(0, dim, rows):
+            chunk = a[:, start : start + rows]
+            grad_c = chunk.T @ b / n
+            on = grad_c.diagonal(start)
+            on -= 1
+            grad_c *= 2 * lambd
+            on /= lambd
+            grad_a[:, start : start + rows] = b @ grad_c.T / n
+            grad_b += chunk @ grad_c / n
+    torch.autograd.backward([a, b], [grad_a, grad_b])
+    return torch.cat([view.grad for view in views])
+
+
+def test_the_oracles_agree():
+    views = [z.double() for z in embeddings(32, 50)]
+    _, gradient = gradients(lambda a, b: paper_loss(a, b, 0.1), *views)
+    torch.testing.assert_close(chunked_paper_gradient(*views, 0.1, rows=8), gradient)
+
+
+@pytest.mark.parametrize(("n", "dim"), GRID)
+def test_float32_gradient_equals_float64(n, dim):
+    z_a, z_b = embeddings(n, dim)
+    _, gradient = gradients(lambda a, b: barlow_twins_loss(a, b, 0.0051).total, z_a, z_b)
+    expected = chunked_paper_gradient(z_a.double(), z_b.double(), 0.0051)
+    assert (gradient - expected).norm() / expected.norm() <= 2e-6
+
+
+def test_two_samples_are_finite():
+    total, gradient = gradients(lambda a, b: barlow_twins_loss(a, b, 0.0051).total, *embeddings(2, 64))
+    assert total.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_the_dual_forms_own_backward_pass():
+    views = [torch.randn(5, 7, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(lambda a, b: barlow_twins_loss(a, b, 0.1).total, views)
 
 
 @pytest.mark.parametrize("form", ["_direct", "_dual"])

@@ -80,3 +80,16 @@ def test_weights_files_are_deterministic(tmp_path):
     for name in "ab":
         model.save_weights(tmp_path / name, {"x": torch.arange(3), "w": torch.ones(2, 2).T}, {"b": 1, "a": [2]})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_bf16_is_as_asked():
+    cpu = torch.device("cpu")
+    assert model.computes_bf16("bf16", cpu)
+    assert not model.computes_bf16("fp32", cpu)
+
+
+@pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True), (True, True)])
+def test_bf16_is_automatic_where_the_processor_has_it(monkeypatch, avx512, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert model.computes_bf16("auto", torch.device("cpu")) == (avx512 or amx)

@@ -27,6 +27,13 @@ def test_the_shipped_file_is_read(tmp_path, document):
     assert loaded.shard.max_side is None
 
 
+@pytest.mark.parametrize("key", ["checkpoint_steps", "knn_epochs", "processes"])
+@pytest.mark.parametrize("value", [None, 1, 500])
+def test_what_may_be_left_out_is_null_or_a_number(tmp_path, document, key, value):
+    document["pretrain"][key] = value
+    assert getattr(load(tmp_path, document).pretrain, key) == value
+
+
 def test_every_dataclass_is_frozen_and_without_defaults():
     for kind in vars(params).values():
         if dataclasses.is_dataclass(kind) and kind is not params.Range:
@@ -50,6 +57,20 @@ def test_every_dataclass_is_frozen_and_without_defaults():
         ("model", "projector", [], "model.projector=[] is not allowed; it must be a list of at least one value"),
         ("data", "source", "", "data.source='' is not allowed; it must be a text"),
         ("data", "test_fraction", 0.97, "leave some images to train on"),
+        ("pretrain", "compile", 1, "pretrain.compile=1 is not allowed; it must be true or false"),
+        ("pretrain", "compile", "yes", "pretrain.compile='yes' is not allowed; it must be true or false"),
+        ("pretrain", "compile", None, "pretrain.compile=None is not allowed; it must be true or false"),
+        ("pretrain", "checkpoint_steps", 0, "pretrain.checkpoint_steps=0 is not allowed; it must be at least 1"),
+        (
+            "pretrain",
+            "checkpoint_steps",
+            2.5,
+            "pretrain.checkpoint_steps=2.5 is not allowed; it must be a whole number",
+        ),
+        ("pretrain", "knn_epochs", 0, "pretrain.knn_epochs=0 is not allowed; it must be at least 1"),
+        ("pretrain", "processes", 0, "pretrain.processes=0 is not allowed; it must be at least 1"),
+        ("pretrain", "min_std", -0.1, "pretrain.min_std=-0.1 is not allowed; it must be from 0 to 1"),
+        ("pretrain", "max_correlation", 1.1, "pretrain.max_correlation=1.1 is not allowed; it must be from 0 to 1"),
         ("pretrain", "epoch", 3, "pretrain.epoch=3 is not a known key; the nearest is pretrain.epochs"),
     ],
 )

@@ -57,8 +57,9 @@ class Page(HTMLParser):
 def samples(split, count, classes):
     for i in range(count):
         file = io.BytesIO()
-        Image.effect_noise((24 + i % 3, 24), 50).save(file, "JPEG")
-        yield shards.Sample(f"{split}{i:020x}", file.getvalue(), "jpg", i % len(classes) if classes else -1)
+        width, label = 24 + i % 3, i % len(classes) if classes else -1
+        Image.effect_noise((width, 24), 50).save(file, "JPEG")
+        yield shards.Sample(f"{split}{i:020x}", file.getvalue(), "jpg", label, 24, width)
 
 
 def write_stages(classes=CLASSES, test=60, epochs=14, labelled=True):
@@ -86,9 +87,11 @@ def write_stages(classes=CLASSES, test=60, epochs=14, labelled=True):
             "on_diagonal": 0.9 / (epoch + 1),
             "off_diagonal": 0.05 * np.exp(-((epoch - 2) ** 2) / 20) + 0.0062,
             "lr": float(0.3 * np.cos(epoch / max(epochs, 1) * np.pi / 2) ** 2) * (0.6 if epoch == 0 else 1),
+            "std": 0.9,
             "samples_per_second": 412.3,
             "data_wait": 0.0123,
             "seconds": 17.5,
+            "knn_val_top1": 61.3,
         }
         for name, value in row.items():
             live.log_metric(name, float(value))

@@ -5,9 +5,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from nvidia.dali import fn, pipeline_def, types
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
-from barlow import files, images, manifest, shard, shards
+from barlow import files, images, ingest, manifest, shard, shards
 from barlow.errors import UserError
 
 
@@ -23,8 +24,9 @@ def encode(image, form, **options):
 
 
 def source(data, path="x", split="pretrain", label=-1):
-    image = Image.open(io.BytesIO(data))
-    facts = (image.format, image.mode, image.width, image.height, len(data))
+    """The row of an image, with what ingest says of it."""
+    image = images.open_image(data)
+    facts = (image.format, image.mode, image.width, image.height, len(data), image.getexif().get(0x0112, 1))
     return shard.Source(path, hashlib.sha256(data).hexdigest(), *facts, split, label)
 
 
@@ -35,6 +37,11 @@ def dali_decode(data):
 
     (tensors,) = pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1).run()
     return np.asarray(tensors[0])
+
+
+def upright(data):
+    """Height and width as Pillow alone has them."""
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size[::-1]
 
 
 @pytest.fixture
@@ -66,7 +73,9 @@ def test_run_packs_each_split(data, smoke):
     (files.SHARDS / "pretrain-000007.tar").touch()  # of an earlier run
     shard.run(smoke)
 
-    names = ["classes.json"] + [f"{split}-000000.{suffix}" for split in manifest.SPLITS for suffix in ("tar", "idx")]
+    names = ["classes.json"] + [
+        f"{split}-000000.{suffix}" for split in manifest.SPLITS for suffix in ("tar", "idx", "npy")
+    ]
     assert sorted(path.name for path in files.SHARDS.iterdir()) == sorted(names)
     assert [path.name for path in files.SHARDS.parent.iterdir() if path.name.startswith(".")] == []
     assert shards.classes() == ["a", "b"]
@@ -102,9 +111,10 @@ def test_any_number_of_processes_writes_the_same_bytes(data, smoke, change, monk
 
 
 def sources(n=200, size=1000):
+    hashes = [hashlib.sha256(bytes([i])).hexdigest() for i in range(n)]
     return [
-        shard.Source(f"{i}.jpg", hashlib.sha256(bytes([i])).hexdigest(), "JPEG", "RGB", 32, 32, size, "pretrain", -1)
-        for i in range(n)
+        shard.Source(f"{i}.jpg", sha256, "JPEG", "RGB", 32, 32, size, None, "pretrain", -1)
+        for i, sha256 in enumerate(hashes)
     ]
 
 
@@ -129,6 +139,13 @@ def test_a_tar_holds_at_most_max_bytes_or_one_image():
     assert len(sizes) <= 6
     assert list(tars) == [f"pretrain-{i:06d}.tar" for i in range(len(sizes))]
     assert len(shard.plan(sources(10), 0, 10_000)) == 1
+
+
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    b'<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"/>'
+    b"</rdf:RDF></x:xmpmeta>"
+)
 
 
 def cases():
@@ -159,17 +176,25 @@ def cases():
         for form in ("JPEG", "PNG", "WEBP", "TIFF"):
             action = "change" if form == "TIFF" else "keep"
             yield action, f"{form}-exif-{orientation}", encode(picture(), form, exif=exif)
+    for orientation in (3, 6):  # Pillow turns these, DALI does not
+        xmp = XMP % orientation
+        yield "change", f"JPEG-xmp-{orientation}", encode(picture(), "JPEG", xmp=xmp)
+        yield "change", f"WEBP-xmp-{orientation}", encode(picture(), "WEBP", xmp=xmp)
+        text = PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        yield "change", f"PNG-xmp-{orientation}", encode(picture(), "PNG", pnginfo=text)
 
 
 @pytest.mark.parametrize(("action", "data"), [pytest.param(a, d, id=name) for a, name, d in cases()])
 def test_dali_decodes_what_is_packed_to_the_pixels_of_images_decode(action, data, tmp_path):
     (tmp_path / "x").write_bytes(data)
-    key, packed, extension, _ = shard.sample(source(data), tmp_path, None)
+    key, packed, extension, _, height, width = shard.sample(source(data), tmp_path, None)
     assert (packed == data) == (action == "keep")
     assert key == hashlib.sha256(data).hexdigest()[:24]
     form = Image.open(io.BytesIO(packed)).format
     assert {"jpg": ("JPEG", "MPO"), "png": ("PNG",), "webp": ("WEBP",)}[extension].count(form) == 1
     np.testing.assert_array_equal(dali_decode(packed), images.decode(data))
+    assert (height, width) == dali_decode(packed).shape[:2] == upright(packed)
 
 
 def test_max_side_shrinks_upright_and_antialiased(tmp_path):
@@ -178,9 +203,10 @@ def test_max_side_shrinks_upright_and_antialiased(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
     data = encode(noise, "JPEG", quality=95, exif=exif)
     (tmp_path / "x").write_bytes(data)
-    _, packed, extension, _ = shard.sample(source(data), tmp_path, 100)
+    _, packed, extension, _, height, width = shard.sample(source(data), tmp_path, 100)
     shrunk = images.decode(packed)
     assert extension == "jpg"
+    assert (height, width) == dali_decode(packed).shape[:2] == (100, 75)
     assert shrunk.shape == (100, 75, 3)
     oracle = Image.fromarray(images.decode(data)).resize((75, 100), Image.Resampling.LANCZOS)
     difference = np.abs(shrunk.astype(int) - np.asarray(oracle))
@@ -191,7 +217,26 @@ def test_max_side_shrinks_upright_and_antialiased(tmp_path):
 def test_max_side_leaves_smaller_images_alone(tmp_path):
     data = encode(picture(width=60, height=100), "JPEG")
     (tmp_path / "x").write_bytes(data)
-    assert shard.sample(source(data), tmp_path, 100).data == data
+    sample = shard.sample(source(data), tmp_path, 100)
+    assert sample.data == data
+    assert (sample.height, sample.width) == (100, 60)
+
+
+@pytest.mark.parametrize("max_side", [None, 10])
+def test_sides_of_every_kind_of_image_are_those_it_decodes_to(nasty, smoke, change, monkeypatch, max_side):
+    folder, refused = nasty
+    monkeypatch.chdir(folder.parent)
+    params = change(change(smoke, "data", source=str(folder), labels="none"), "shard", max_side=max_side)
+    ingest.run(params)
+    rows = [row for row in manifest.read().to_pylist() if refused[row["path"]] is None]
+    manifest.write(pa.Table.from_pylist(rows, manifest.SCHEMA), files.ACCEPTED)
+    shard.run(params)
+    samples = [sample for split in manifest.SPLITS if split != "train" for sample in shards.read(shards.tars(split))]
+    assert len(samples) == len(rows) > 10
+    for sample in samples:
+        assert (sample.height, sample.width) == upright(sample.data) == dali_decode(sample.data).shape[:2]
+    turned = {row["sha256"][:24] for row in rows if row["orientation"] == 6}
+    assert {(s.height, s.width) for s in samples if s.key in turned} == {(10, 8) if max_side else (24, 20)}
 
 
 def test_a_lost_image_stops_the_stage_and_changes_nothing(data, smoke):

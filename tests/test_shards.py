@@ -1,3 +1,4 @@
+import io
 import tarfile
 
 import numpy as np
@@ -8,7 +9,10 @@ from nvidia.dali import fn, pipeline_def, types
 from barlow import files, shards
 from barlow.errors import UserError
 
-SAMPLES = [shards.Sample(f"{i:024x}", bytes([i]) * (300 * i), ("jpg", "png", "webp")[i % 3], i - 1) for i in range(7)]
+SAMPLES = [
+    shards.Sample(f"{i:024x}", bytes([i]) * (300 * i), ("jpg", "png", "webp")[i % 3], i - 1, 5 + i, 70_000 - i)
+    for i in range(7)
+]
 
 
 @pytest.fixture
@@ -21,6 +25,43 @@ def tar(tmp_path):
 def test_read_returns_what_was_written(tar):
     assert list(shards.read([tar, tar])) == SAMPLES + SAMPLES
     assert shards.count([tar, tar]) == 14
+
+
+@pytest.fixture
+def three_tars(tar):
+    """One has two samples, one none, one the others."""
+    parts = [SAMPLES[:2], [], SAMPLES[2:]]
+    for i, part in enumerate(parts):
+        shards.write(tar.with_name(f"pretrain-{i:06d}.tar"), part)
+    return shards.tars("pretrain", tar.parent)
+
+
+def test_samples_are_those_of_read_by_number(three_tars):
+    samples = shards.Samples(three_tars)
+    expected = list(shards.read(three_tars))
+    assert len(samples) == len(expected) == shards.count(three_tars) == 7
+    assert [data.tobytes() for data in samples.read(np.arange(7))] == [sample.data for sample in expected]
+    some = np.array([6, 0, 2, 2, 1])
+    assert [data.tobytes() for data in samples.read(some)] == [expected[i].data for i in some]
+    assert samples.read(some)[0].dtype == np.uint8
+    assert samples.sides.tolist() == [[sample.height, sample.width] for sample in expected]
+    assert samples.sides.dtype == np.int32
+    assert samples.bytes == sum(len(sample.data) for sample in expected)
+
+
+def test_samples_of_more_tars_than_are_kept_open(three_tars, monkeypatch):
+    monkeypatch.setattr(shards, "OPEN_TARS", 1)
+    samples = shards.Samples(three_tars)
+    for _ in range(3):
+        samples.ask(np.array([6, 1, 5]))
+        held = samples.read(np.array([6, 1, 5, 0]))
+        assert [data.tobytes() for data in held] == [SAMPLES[i].data for i in (6, 1, 5, 0)]
+
+
+def test_no_samples(three_tars):
+    for tars in ([], three_tars[1:2]):
+        samples = shards.Samples(tars)
+        assert (len(samples), samples.bytes, samples.sides.shape) == (0, 0, (0, 2))
 
 
 def test_index_is_byte_for_byte_that_of_wds2idx(tar, tmp_path):
@@ -53,7 +94,14 @@ def test_dali_reads_images_and_labels_through_the_index(tar):
 def test_the_same_samples_give_the_same_bytes(tar, tmp_path):
     shards.write(tmp_path / "again.tar", iter(SAMPLES))
     assert (tmp_path / "again.tar").read_bytes() == tar.read_bytes()
-    assert (tmp_path / "again.idx").read_bytes() == shards.index(tar).read_bytes()
+    for suffix in (".idx", ".npy"):
+        assert (tmp_path / "again.tar").with_suffix(suffix).read_bytes() == tar.with_suffix(suffix).read_bytes()
+
+
+def test_sides_are_a_plain_array_beside_the_tar(tar):
+    sides = np.load(tar.with_suffix(".npy"), allow_pickle=False)
+    assert sides.dtype == np.int32
+    assert sides.tolist() == [[sample.height, sample.width] for sample in SAMPLES]
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path):
@@ -86,16 +134,60 @@ def test_digest_tells_content_and_order(tar, tmp_path, other):
     assert shards.digest([tmp_path / tar.name]) != shards.digest([tar])
 
 
+def both(tar):
+    """The two ways to read a tar, to its end."""
+    return (lambda: list(shards.read([tar])), lambda: shards.Samples([tar]).read(np.array([0, 6])))
+
+
 def test_damage_is_named(tar):
     tar.write_bytes(tar.read_bytes()[:-3000])
-    with pytest.raises(UserError, match=r"train-000000.tar is shorter than train-000000.idx says; run `barlow shard`"):
-        list(shards.read([tar]))
+    for read in both(tar):
+        with pytest.raises(
+            UserError, match=r"train-000000.tar is shorter than train-000000.idx says; run `barlow shard`"
+        ):
+            read()
     shards.index(tar).write_text("v1.2 9\njpg 512 3 a.jpg cls 1536 4 a.cls\n")
     with pytest.raises(UserError, match=r"train-000000.idx is damaged: 1 samples after 'v1.2 9'"):
         shards.count([tar])
+    with pytest.raises(UserError, match=r"train-000000.idx is damaged"):
+        shards.Samples([tar])
     shards.index(tar).write_text("")
     with pytest.raises(UserError, match=r"train-000000.idx is damaged: 0 samples after ''"):
         shards.count([tar])
     shards.index(tar).unlink()
     with pytest.raises(UserError, match=r"train-000000.idx is missing"):
         shards.count([tar])
+    with pytest.raises(UserError, match=r"train-000000.idx is missing"):
+        shards.Samples([tar])
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+SIDES = np.ones((7, 2), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, r"is missing"),
+        (b"", r"is damaged: "),
+        (b"I am a text.\n", r"is damaged: "),
+        (npy(SIDES)[:-1], r"is damaged: "),
+        (npy(SIDES)[:60], r"is damaged: "),
+        (npy(SIDES.astype(object)), r"is damaged: "),
+        (npy(SIDES[1:]), r"is damaged: \(6, 2\) for 7 samples"),
+        (npy(SIDES.ravel()), r"is damaged: \(14,\) for 7 samples"),
+    ],
+)
+def test_damaged_sides_are_named(tar, content, why):
+    sides = tar.with_suffix(".npy")
+    sides.unlink()
+    if content is not None:
+        sides.write_bytes(content)
+    for read in both(tar):
+        with pytest.raises(UserError, match=rf"train-000000.npy {why}.*; run `barlow shard` again"):
+            read()

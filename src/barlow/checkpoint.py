@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from barlow import model
+from barlow.errors import UserError
 
+FOLDER = Path("models/resume")
 KEPT = 2
 
 
@@ -25,10 +31,66 @@ def fingerprint(**parts: Any) -> str:
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write the checkpoint of `step`, then delete all but the last two."""
-    model.save_weights(folder / f"step-{step:09d}.safetensors", tensors, metadata | {"step": step})
-    for old in _newest_first(folder)[KEPT:]:
+    """Write the checkpoint of `step`, then delete all but the last two.
+
+    Raises:
+        UserError: it cannot be written; names the path and the bytes needed. Those before it stay.
+    """
+    path = folder / f"step-{step:09d}.safetensors"
+    try:
+        model.save_weights(path, tensors, metadata | {"step": step})
+    except OSError as error:
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): it needs {needed:,} bytes and {_free(folder):,} are free; "
+            f"make room and run again, to go on from {newest(folder) or 'the start'}"
+        ) from None
+    for old in [*_newest_first(folder)[KEPT:], *_parts(folder)]:
         old.unlink()
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time, while training goes on."""
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        self._folder = folder
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Copy the tensors where they are and return; the rest is the thread's. Raises what the last one raised."""
+        self.wait()
+        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        ready = torch.cuda.current_stream().record_event() if next(iter(copies.values())).is_cuda else None
+        self._last = self._thread.submit(self._write, step, copies, metadata, ready)
+
+    def _write(self, step: int, copies: dict[str, Tensor], metadata: dict[str, Any], ready: Any) -> None:
+        """On a GPU the copies leave it in a stream of their own, beside the training's."""
+        stream = nullcontext() if ready is None else torch.cuda.stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+        with stream:
+            if ready is not None:
+                ready.wait()
+            save(self._folder, step, {name: copy.cpu() for name, copy in copies.items()}, metadata)
+
+    def check(self) -> None:
+        """Raise what the last save raised, if it has ended."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last save has ended; raises what it raised."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint's path."""
+        return newest(self._folder)
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the newest checkpoint's path, if there is one."""
+    return next(iter(_newest_first(folder)), None)
 
 
 def latest(folder: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -51,9 +113,19 @@ def latest(folder: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, An
 def clear(folder: Path) -> None:
     """Delete every checkpoint and keep the folder, which DVC expects to exist."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in _newest_first(folder):
+    for path in [*_newest_first(folder), *_parts(folder)]:
         path.unlink()
 
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"), reverse=True)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Return what a process that was killed while it wrote has left."""
+    return list(folder.glob(".step-*.tmp"))
+
+
+def _free(folder: Path) -> int:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free

@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--version", action="version", version=f"barlow {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for stage, text in STAGES.items():
-        commands.add_parser(stage, help=text, description=f"Stage `{stage}`: {text}. Settings: params.yaml.")
+        add = commands.add_parser(stage, help=text, description=f"Stage `{stage}`: {text}. Settings: params.yaml.")
+        if stage == "pretrain":
+            add.add_argument("--dry-run", action="store_true", help="print what would run, with its memory and time")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text)
@@ -78,7 +80,7 @@ def dispatch(command: str, arguments: dict[str, Any]) -> None:
         if command == "scan":
             importlib.import_module("barlow.ingest").scan(settings.data)
         else:
-            importlib.import_module(f"barlow.{command}").run(settings)
+            importlib.import_module(f"barlow.{command}").run(settings, **arguments)
     else:
         entry = {"embed": "embed_files", "serve": "serve"}.get(command, "run")
         getattr(importlib.import_module(f"barlow.{command}"), entry)(**arguments)

@@ -1,16 +1,21 @@
-"""What pretraining measures, a row an epoch: DVCLive's files for `dvc plots` and the report, and a line to read."""
+"""What pretraining tells while it runs: DVCLive's files, a row an epoch, for `dvc plots` and the report; progress."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
+from types import TracebackType
 from typing import TypeVar
 
 from dvclive import Live
+from tqdm import tqdm
 
 from barlow import distributed, files
 
 FOLDER = files.REPORTS / "pretrain"
+SECONDS = 10  # between two lines where there is no terminal
 Item = TypeVar("Item")
 
 
@@ -30,18 +35,27 @@ class Curves:
             self._live.next_step()
 
 
-class Meter:
-    """Wall time since the last row, and the share of it spent waiting for data."""
+class Progress:
+    """A bar in a terminal, else a line every ten seconds, and a line an epoch; and the clock behind them.
 
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._reset()
+    `step` is where the run starts; `shown` is False on all processes but one, which only measure.
+    """
 
-    def _reset(self) -> None:
-        self._started, self._waited, self._steps = time.perf_counter(), 0.0, 0
+    def __init__(self, step: int, epoch_steps: int, epochs: int, batch_size: int, shown: bool) -> None:
+        self._epoch_steps, self._epochs, self._batch_size, self._shown = epoch_steps, epochs, batch_size, shown
+        # None: no bar where stderr is no terminal
+        self._bar = tqdm(initial=step, total=epoch_steps * epochs, unit="step", disable=None if shown else True)
+        self._steps, self._waited = step, 0.0
+        self._epoch = self._line = self._now()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._bar.close()
 
     def waits(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """Pass the batches on and count the time that each takes to come."""
+        """Pass the batches on, and count the time that each takes to come and the steps."""
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -51,19 +65,55 @@ class Meter:
                 return
             self._steps += 1
             yield batch
+            self._bar.update()
 
-    def row(self) -> dict[str, float]:
-        """Return seconds, samples per second and the data wait (0 to 1) since the last row, and start the next."""
-        seconds = time.perf_counter() - self._started
-        row = {"seconds": seconds, "samples_per_second": self._steps * self._batch_size / seconds}
-        row["data_wait"] = self._waited / seconds
-        self._reset()
-        return row
+    def due(self) -> bool:
+        """Say whether it is time for `show`, which needs figures that only the device knows."""
+        interval = SECONDS if self._bar.disable else SECONDS / 10
+        return self._shown and time.perf_counter() - self._line[0] > interval
+
+    def show(self, figures: Mapping[str, float]) -> None:
+        """Tell the latest step's figures: those of `describe`."""
+        since = self._since(self._line)
+        left = (self._epoch_steps * self._epochs - self._steps) * self._batch_size / since["samples_per_second"]
+        self._line = self._now()
+        text = f"{describe({**figures, **since})}  {timedelta(seconds=round(left))} left"
+        if self._bar.disable:
+            epoch = (self._steps - 1) // self._epoch_steps + 1
+            place = f"epoch {epoch}/{self._epochs}  step {self._steps}/{self._epoch_steps * self._epochs}"
+            print(f"{place}  {text}", flush=True)
+        else:
+            self._bar.set_postfix_str(text)
+
+    def epoch_figures(self) -> dict[str, float]:
+        """Return seconds, samples per second and the data wait (0 to 1) of the epoch, and start the next."""
+        since = self._since(self._epoch)
+        self._epoch = self._line = self._now()
+        return since
+
+    def end_epoch(self, row: Mapping[str, float]) -> None:
+        """Print a finished epoch."""
+        if self._shown:
+            place = f"epoch {self._steps // self._epoch_steps}/{self._epochs}"
+            tqdm.write(f"{place}  {describe(row)}")
+            sys.stdout.flush()  # which tqdm leaves to chance
+
+    def _now(self) -> tuple[float, float, int]:
+        return time.perf_counter(), self._waited, self._steps
+
+    def _since(self, mark: tuple[float, float, int]) -> dict[str, float]:
+        seconds, waited, steps = (now - then for now, then in zip(self._now(), mark, strict=True))
+        return {
+            "seconds": seconds,
+            "samples_per_second": steps * self._batch_size / seconds,
+            "data_wait": waited / seconds,
+        }
 
 
-def describe(row: dict[str, float]) -> str:
-    """Put a row into a line."""
+def describe(row: Mapping[str, float]) -> str:
+    """Put figures into a line."""
+    knn = f"  kNN on val {row['knn_val_top1']:.1f} %" if "knn_val_top1" in row else ""
     return (
         f"loss {row['loss']:.1f}  on-diagonal {row['on_diagonal']:.4f}  off-diagonal {row['off_diagonal']:.6f}  "
-        f"lr {row['lr']:.4f}  {row['samples_per_second']:.0f} images/s  data wait {row['data_wait']:.1%}"
+        f"lr {row['lr']:.4f}  {row['samples_per_second']:.0f} images/s  data wait {row['data_wait']:.1%}{knn}"
     )

@@ -1,8 +1,8 @@
 """Processes and the collectives between them, differentiable. With one process each of these costs nothing.
 
-Every process computes the same global loss. A collective's backward pass sums the gradients that the processes send it,
-so each process holds world_size times its part of the global gradient, and the mean that DistributedDataParallel
-takes over parameters makes it exactly the gradient of one process on the whole batch.
+Every process computes the same global loss. A collective's backward pass sums the gradients of all processes, so each
+process holds world_size times its part of the global gradient, and the mean that DistributedDataParallel takes over
+parameters makes it exactly the gradient of one process on the whole batch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from barlow import files
-from barlow.errors import UserError
+from barlow.errors import Interrupted, UserError
 
 Group = dist.ProcessGroup | None
 
@@ -36,7 +37,7 @@ def start(device: str) -> torch.device:
     if kind == "cuda":
         torch.cuda.set_device(local)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     return local
 
 
@@ -49,18 +50,29 @@ def launch(processes: int | None, device: str) -> bool:
 
     Raises:
         SystemExit: one failed; carries its exit code.
+        Interrupted: a signal came, which the processes got as well.
     """
-    if processes is None:
-        processes = 1 if device == "cpu" else max(torch.cuda.device_count(), 1)
+    processes = processes or one_a_device(device)
     if processes == 1 or "WORLD_SIZE" in os.environ:
         return False
     os.environ.setdefault("OMP_NUM_THREADS", str(max(files.cpus() // processes, 1)))
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # passes them on
     config = LaunchConfig(1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     try:
         elastic_launch(config, sys.executable)("-m", "barlow.cli", *sys.argv[1:])
     except ChildFailedError as error:
-        raise SystemExit(error.get_first_failure()[1].exitcode) from None
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"barlow: process {rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
+        raise SystemExit(max(failure.exitcode, 1)) from None
+    except SignalException as error:
+        raise Interrupted(f"stopped by {error.sigval.name}; run again to go on from the last checkpoint") from None
     return True
+
+
+def one_a_device(device: str) -> int:
+    """Return how many processes there are where nobody says: one a GPU, or one."""
+    return 1 if device == "cpu" else max(torch.cuda.device_count(), 1)
 
 
 def stop() -> None:
@@ -80,44 +92,56 @@ def world_size(group: Group = None) -> int:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over processes; backward, the sum of the processes' gradients."""
+    """Sum over processes; backward, the sum of their gradients, which need not travel if all have the same."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: Group, replicated: bool) -> Tensor:
+        ctx.group, ctx.replicated = group, replicated
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(gradient, ctx.group), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.replicated:
+            return gradient * world_size(ctx.group), None, None
+        return _Sum.apply(gradient, ctx.group, False), None, None
 
 
-class _Gather(torch.autograd.Function):
-    """Stack over processes; backward, this process's part of the sum of the processes' gradients."""
+def all_reduce(x: Tensor, group: Group = None, *, replicated: bool = False) -> Tensor:
+    """Return the sum of `x` over the processes, differentiably.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group, ctx.n = group, len(x)
-        whole = x.new_empty(world_size(group) * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        start = dist.get_rank(ctx.group) * ctx.n
-        return _Sum.apply(gradient, ctx.group)[start : start + ctx.n], None
-
-
-def all_reduce(x: Tensor, group: Group = None) -> Tensor:
-    """Return the sum of `x` over the processes, differentiably."""
-    return x if world_size(group) == 1 else _Sum.apply(x, group)
+    `replicated` says that each process computes the same from the sum; its gradient is then the same everywhere.
+    """
+    return x if world_size(group) == 1 else _Sum.apply(x, group, replicated)
 
 
 def all_gather(x: Tensor, group: Group = None) -> Tensor:
-    """Return every process's `x`, of one shape (n, ...), in rank order, (world_size * n, ...); differentiable."""
-    return x if world_size(group) == 1 else _Gather.apply(x, group)
+    """Return every process's `x`, of one shape (n, ...), in rank order, (world_size * n, ...); not differentiable."""
+    if world_size(group) == 1:
+        return x
+    whole = x.new_empty(world_size(group) * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    return whole
+
+
+def require_equal(value: int, what: str, device: torch.device, group: Group = None) -> None:
+    """Check that the processes have the same `value`; on a GPU without waiting for the answer.
+
+    Raises:
+        ValueError: they have not. On a GPU it is CUDA that reports a failed assertion, a little later.
+    """
+    if world_size(group) == 1:
+        return
+    bounds = torch.full((2,), float(value), device=device)
+    bounds[1] *= -1
+    dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
+    if device.type == "cuda":
+        torch._assert_async(bounds[0] == -bounds[1], f"{what} is not the same on all processes")
+    elif bounds[0] != -bounds[1]:
+        raise ValueError(
+            f"{what} is {value} here and from {-bounds[1]:.0f} to {bounds[0]:.0f} on the processes; it must be the same"
+        )
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -129,10 +153,10 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Return whether `flag` is set on any process."""
+def any_process(*flags: bool) -> list[bool]:
+    """Return for each flag whether it is set on any process; waits for the processes, not for their GPUs."""
     if world_size() == 1:
-        return flag
-    flags = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+        return list(flags)
+    together = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(together, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in together]

@@ -11,8 +11,6 @@ val; the probe and kNN learn from train alone; test is predicted once. Without l
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
 
@@ -20,21 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from barlow import files, images, model, probe, shards, summary
+from barlow import files, model, probe, shards, summary
+from barlow.features import CHUNK, Split, embed, labelled
 from barlow.params import Evaluate, Params, Views
 from barlow.views import TwinViews
 
-CHUNK = 256  # images decoded and embedded at a time
 MIN_HEALTH_IMAGES = 100  # in val; with fewer the health figures come from pretrain
 HEALTH_IMAGES = 2000  # that the health figures look at; pairwise distances cost its square
-
-
-class Split(NamedTuple):
-    """Images of a split as the encoder sees them."""
-
-    features: Tensor  # float32 (n, dim)
-    labels: Tensor  # int64 (n,), -1: none
-    keys: list[str]
 
 
 class Scores(NamedTuple):
@@ -79,27 +69,6 @@ def run(params: Params) -> None:
                 rows.writerow(classes[i] for i in pair)
     files.write_json(files.REPORTS / "evaluate.json", metrics)
     print(summary.table(metrics))
-
-
-def labelled(split: str) -> Iterator[shards.Sample]:
-    """Yield the images of a split that have a label."""
-    return (sample for sample in shards.read(shards.tars(split)) if sample.label >= 0)
-
-
-def embed(encoder: model.FrozenEncoder, samples: Iterator[shards.Sample], device: torch.device) -> Split:
-    """Decode and embed images, some at a time."""
-
-    def preprocess(sample: shards.Sample) -> Tensor:
-        return encoder.preprocess(torch.tensor(images.decode(sample.data))[None].to(device))
-
-    features, labels, keys = [torch.zeros(0, encoder.backbone.dim)], list[int](), list[str]()
-    with ThreadPoolExecutor(files.cpus()) as pool, torch.inference_mode():
-        while chunk := list(islice(samples, CHUNK)):
-            pixels = torch.cat(list(pool.map(preprocess, chunk)))
-            features.append(encoder.backbone(pixels).float().cpu())
-            labels += [sample.label for sample in chunk]
-            keys += [sample.key for sample in chunk]
-    return Split(torch.cat(features).clone(), torch.tensor(labels, dtype=torch.long), keys)
 
 
 def score(splits: dict[str, Split], classes: int, p: Evaluate) -> Scores:

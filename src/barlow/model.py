@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import resnet
 
-from barlow import files, params
+from barlow import distributed, files, params
 
+Network = TypeVar("Network", bound=nn.Module)
 LAYERS = {"resnet10": [1, 1, 1, 1], "resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
 
 
@@ -52,10 +53,49 @@ class BarlowTwins(nn.Module):
         super().__init__()
         self.backbone = backbone(model)
         self.projector = projector(self.backbone.dim, model.projector)
+        self.dim = model.projector[-1]
 
     def forward(self, view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor]:
         """Turn two views (batch, 3, side, side) into embeddings (batch, D); batch norm sees one view at a time."""
         return self.projector(self.backbone(view_a)), self.projector(self.backbone(view_b))
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batch of all processes, each with as many samples: torch's own refuses CPU tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (batch, channels, ...) by the global statistics, or in eval mode by the running ones."""
+        if not self.training:
+            return super().forward(x)
+        axes, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
+        n = x.numel() // self.num_features * distributed.world_size()
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.float()
+            mean = distributed.all_reduce(wide.sum(axes)) / n
+            centred = wide - mean.view(shape)
+            variance = distributed.all_reduce(centred.square().sum(axes)) / n
+            for buffer, value in {"running_mean": mean, "running_var": variance * n / (n - 1)}.items():
+                self.get_buffer(buffer).lerp_(value.detach(), self.momentum or 0.0)
+            self.get_buffer("num_batches_tracked").add_(1)
+            out = centred * (self.weight * (variance + self.eps).rsqrt()).view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Allow any number of dimensions."""
+
+
+def synchronised(network: Network, device: torch.device) -> Network:
+    """Return the network with its batch norms over all processes: on a GPU torch's, on the CPU the one above."""
+    if device.type == "cuda":
+        converted: Network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        return converted
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                twin = SyncBatchNorm(child.num_features, child.eps, child.momentum)
+                twin.load_state_dict(child.state_dict())
+                setattr(parent, name, twin)
+    return network
 
 
 class FrozenEncoder(nn.Module):
@@ -86,6 +126,15 @@ class FrozenEncoder(nn.Module):
         """Return the representation of uint8 images (batch, height, width, 3): float32 (batch, dim)."""
         representation: Tensor = self.backbone(self.preprocess(images))
         return representation
+
+
+def computes_bf16(precision: str, device: torch.device) -> bool:
+    """Say whether to autocast to bfloat16: `auto` does where the processor computes it and does not emulate it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -140,7 +140,12 @@ class Pretrain:
     precision: Literal["bf16", "fp32", "auto"]
     device: Literal["cpu", "cuda", "auto"]
     processes: Positive | None
+    compile: bool
     checkpoint_seconds: NonNegative
+    checkpoint_steps: Positive | None
+    knn_epochs: Positive | None
+    min_std: Fraction
+    max_correlation: Fraction
 
 
 @dataclass(frozen=True)
@@ -241,6 +246,7 @@ def build(kind: Any, value: Any, file: str, key: str = "") -> Any:
     checks: dict[Any, tuple[Callable[[Any], bool], str]] = {
         int: (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
         float: (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and v == v, "a number"),
+        bool: (lambda v: isinstance(v, bool), "true or false"),
         str: (lambda v: isinstance(v, str) and v != "", "a text"),
     }
     check, wanted = checks[kind]

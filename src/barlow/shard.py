@@ -37,6 +37,7 @@ class Source(NamedTuple):
     width: int
     height: int
     bytes: int
+    orientation: int | None
     split: str
     label: int
 
@@ -141,15 +142,29 @@ def sample(source: Source, root: Path, max_side: int | None) -> shards.Sample:
         raise UserError(f"{root / source.path} cannot be read ({error.strerror}); run ingest again") from None
     if hashlib.sha256(data).hexdigest() != source.sha256:
         raise UserError(f"{root / source.path} has changed since ingest; run ingest again")
-    if max_side is not None and max(source.width, source.height) > max_side:
+    height, width = source.height, source.width
+    if (source.orientation or 1) >= 5:  # EXIF: turned by a quarter
+        height, width = width, height
+    if max_side is not None and max(width, height) > max_side:
         image = Image.fromarray(images.decode(data))
         image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
         data, extension = _encode(image, "JPEG", quality=95, subsampling=0), "jpg"
-    elif source.format in KEPT and source.mode in ("L", "RGB"):
+        height, width = image.height, image.width
+    elif source.format in KEPT and source.mode in ("L", "RGB") and _dali_turns(data, source.orientation or 1):
         extension = KEPT[source.format]
     else:
         data, extension = _encode(Image.fromarray(images.decode(data)), "PNG"), "png"
-    return shards.Sample(source.sha256[:24], data, extension, source.label)
+    return shards.Sample(source.sha256[:24], data, extension, source.label, height, width)
+
+
+def _dali_turns(data: bytes, orientation: int) -> bool:
+    """Tell whether DALI too finds the orientation: it looks in EXIF only, Pillow in XMP as well."""
+    if orientation == 1:
+        return True
+    Image.MAX_IMAGE_PIXELS = None  # data.max_pixels was kept to by ingest; only the header is read here
+    exif = Image.Exif()
+    exif.load(Image.open(io.BytesIO(data)).info.get("exif", b""))
+    return bool(exif.get(0x0112) == orientation)
 
 
 def _encode(image: Image.Image, form: str, **options: int) -> bytes:

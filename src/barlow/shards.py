@@ -1,18 +1,24 @@
-"""The shard format: WebDataset tars, each with the index beside it that DALI reads, `<name>.tar` and `<name>.idx`.
+"""The shard format: WebDataset tars, each with the index that DALI reads, `<name>.idx`, and `<name>.npy` beside it.
 
 A sample is two members, `<key>.<extension>` (an image file's bytes) and `<key>.cls` (its label, little-endian int32).
 The index (DALI's `wds2idx`, v1.2) has a line for the count and one a sample: extension, offset, bytes and name of each
-member; so any sample is one seek away, and the order, sizes and content (a key is a hash) are known without the images.
+member; so any sample is one seek away, and the order and content (a key is a hash) are known without the images. The
+third file has each image's height and width in pixels, int32 (samples, 2).
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 import struct
 import tarfile
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
+
+import numpy as np
 
 from barlow import files
 from barlow.errors import UserError
@@ -20,6 +26,10 @@ from barlow.errors import UserError
 EXTENSIONS = ("jpg", "png", "webp")  # of the images; DALI decodes these to the pixels of `images.decode`
 CLASSES = "classes.json"
 VERSION = "v1.2"
+OPEN_TARS = 256  # mapped at a time
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Sides = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class Sample(NamedTuple):
@@ -29,19 +39,24 @@ class Sample(NamedTuple):
     data: bytes
     extension: str  # says the format of `data`
     label: int  # index into `classes`; -1: none
+    height: int  # px, here and below, as decoded: upright
+    width: int
 
 
 def write(path: Path, samples: Iterable[Sample]) -> None:
-    """Write a tar and its index, each whole or not at all; the same samples give the same bytes."""
-    lines = []
+    """Write a tar and what lies beside it, each whole or not at all; the same samples give the same bytes."""
+    lines, sides = [], []
     with files.replacing(path) as temporary:
         with temporary.open("wb") as tar:
             for sample in samples:
                 members = {sample.extension: sample.data, "cls": struct.pack("<i", sample.label)}
                 lines.append(" ".join(_append(tar, sample.key, *member) for member in members.items()))
+                sides.append((sample.height, sample.width))
             tar.write(bytes(2 * tarfile.BLOCKSIZE))  # the end mark
-        with files.replacing(index(path)) as temporary_index:
+        with files.replacing(index(path)) as temporary_index, files.replacing(_sides(path)) as temporary_sides:
             temporary_index.write_text("\n".join([f"{VERSION} {len(lines)}", *lines]) + "\n")
+            with temporary_sides.open("wb") as file:
+                np.save(file, np.array(sides, dtype=np.int32).reshape(-1, 2))
 
 
 def _append(tar: IO[bytes], key: str, extension: str, data: bytes) -> str:
@@ -63,7 +78,7 @@ def read(tars: Iterable[Path]) -> Iterator[Sample]:
     for path in tars:
         lines = _index_lines(path)
         with path.open("rb") as tar:
-            for line in lines:
+            for line, (height, width) in zip(lines, _load_sides(path, len(lines)).tolist(), strict=True):
                 extension, offset, size, name, _, label_offset, *_ = line.split()
                 tar.seek(int(offset))
                 data = tar.read(int(size))
@@ -71,7 +86,63 @@ def read(tars: Iterable[Path]) -> Iterator[Sample]:
                 label = tar.read(4)
                 if len(data) < int(size) or len(label) < 4:
                     raise UserError(f"{path} is shorter than {index(path).name} says; run `barlow shard` again")
-                yield Sample(name.partition(".")[0], data, extension, struct.unpack("<i", label)[0])
+                yield Sample(name.partition(".")[0], data, extension, struct.unpack("<i", label)[0], height, width)
+
+
+class Samples:
+    """The image files in tars by number, 0 to len() - 1 in the order of `read`; mapped into memory, not loaded.
+
+    `sides` are the heights and widths, int32 (len(), 2).
+
+    Raises:
+        UserError: an index is missing or damaged.
+    """
+
+    def __init__(self, tars: list[Path]) -> None:
+        lines = [_index_lines(tar) for tar in tars]
+        spans = [line.split(" ", 3)[1:3] for part in lines for line in part]
+        self.sides = np.concatenate([np.empty((0, 2), np.int32), *map(_load_sides, tars, map(len, lines))])
+        self._offsets, self._sizes = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+        self._tar = np.repeat(np.arange(len(tars)), [len(part) for part in lines])
+        self._tars = tars
+        self._map = lru_cache(OPEN_TARS)(self._open)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def bytes(self) -> int:
+        """Those of all image files together."""
+        return int(self._sizes.sum())
+
+    def read(self, numbers: Indices) -> list[Bytes]:
+        """Return the files as uint8 arrays (bytes,).
+
+        Raises:
+            UserError: a tar is shorter than its index says.
+        """
+        return [np.frombuffer(self._map(tar), np.uint8, size, offset) for tar, offset, size in self._places(numbers)]
+
+    def keys(self, numbers: Indices) -> list[str]:
+        """Return the keys of images, read from the indexes."""
+        names = [line.split(" ", 4)[3] for tar in self._tars for line in _index_lines(tar)]
+        return [names[i].partition(".")[0] for i in numbers]
+
+    def ask(self, numbers: Indices) -> None:
+        """Let the system read files from the disk, to have them in memory later; returns at once."""
+        for tar, offset, size in self._places(numbers):
+            start = offset - offset % mmap.PAGESIZE
+            self._map(tar).madvise(mmap.MADV_WILLNEED, start, offset + size - start)
+
+    def _places(self, numbers: Indices) -> Iterator[tuple[int, int, int]]:
+        return zip(*(column[numbers].tolist() for column in (self._tar, self._offsets, self._sizes)), strict=True)
+
+    def _open(self, tar: int) -> mmap.mmap:
+        path, mine = self._tars[tar], self._tar == tar
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < (self._offsets[mine] + self._sizes[mine]).max():
+                raise UserError(f"{path} is shorter than {index(path).name} says; run `barlow shard` again")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def index(tar: Path) -> Path:
@@ -101,6 +172,22 @@ def classes(folder: Path = files.SHARDS) -> list[str]:
     """Return the names that labels are indices of; empty where no image has a label."""
     names: list[str] = files.read_json(folder / CLASSES)
     return names
+
+
+def _sides(tar: Path) -> Path:
+    return tar.with_suffix(".npy")
+
+
+def _load_sides(tar: Path, count: int) -> Sides:
+    try:
+        sides: Sides = np.load(_sides(tar), allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{_sides(tar)} is missing; run `barlow shard` again") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{_sides(tar)} is damaged: {error}; run `barlow shard` again") from None
+    if sides.shape != (count, 2):
+        raise UserError(f"{_sides(tar)} is damaged: {sides.shape} for {count} samples; run `barlow shard` again")
+    return sides
 
 
 def _index_lines(tar: Path) -> list[str]:

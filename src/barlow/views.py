@@ -1,8 +1,7 @@
-"""The two distorted views of each image (paper, section 2.1 and appendix A), made by DALI on CPU or GPU.
+"""Batches of view pairs from tar shards (paper, section 2.1), decoded and distorted by DALI on CPU or GPU.
 
-The transform is the official one, with these differences: flipping comes last, fused into the normalisation (it
-commutes with all before it); the colour jitter has one order, brightness and contrast, then saturation and hue; hue
-turns in YIQ and not in HSV space.
+Which images are in a batch and how each is distorted is drawn here and handed to DALI, from the seed and the number of
+the batch alone: so the global batch of a step is the same at any number of processes, and to resume is to count.
 """
 
 from __future__ import annotations
@@ -10,121 +9,64 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import count, islice
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import nvidia.dali
-from nvidia.dali import Pipeline, fn, math, pipeline_def, types
+from nvidia.dali import Pipeline, fn, pipeline_def, types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from barlow import files, params, shards
+from barlow.distort import Distortion, augment, draw
 from barlow.errors import UserError
 
-SHUFFLE_BYTES = 256 * 2**20  # of image files that a reader holds to draw from; a smaller set is shuffled as a whole
+SHUFFLE_BYTES = 256 * 2**20  # of image files within which an epoch mixes; a smaller set is shuffled as a whole
+BLOCKS = 64  # runs of neighbouring files that are mixed with each other at a time
+AHEAD = 16  # batches that are asked of the disk before they are needed
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision weigh the channels
-
-
-def random_resized_crop(pixels: Any, size: int, area: tuple[float, float], ratio: tuple[float, float]) -> Any:
-    """Cut out a window of a random share of the area and width / height, and resize it, cubic and antialiased."""
-    return fn.random_resized_crop(
-        pixels, size=(size, size), random_area=area, random_aspect_ratio=ratio, interp_type=types.INTERP_CUBIC
-    )
-
-
-def color_jitter(pixels: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any) -> Any:
-    """Scale brightness, contrast (about the image's mean gray) and saturation; turn the hue, in degrees."""
-    channels = fn.reductions.mean(pixels, axes=(0, 1))
-    center = fn.reductions.sum(channels * types.Constant(np.array(GRAY, dtype=np.float32)))
-    pixels = math.clamp(brightness * (contrast * (pixels - center) + center), 0.0, 255.0)
-    return fn.hsv(pixels, saturation=saturation, hue=hue, dtype=types.UINT8)
-
-
-def grayscale(pixels: Any) -> Any:
-    """Remove all colour, keep three channels."""
-    gray = fn.color_space_conversion(pixels, image_type=types.RGB, output_type=types.GRAY)
-    return fn.color_space_conversion(gray, image_type=types.GRAY, output_type=types.RGB)
-
-
-def blur(pixels: Any, sigma: Any) -> Any:
-    """Gaussian blur, with a window of three sigma on each side."""
-    return fn.gaussian_blur(pixels, sigma=sigma)
-
-
-def solarize(pixels: Any) -> Any:
-    """Invert values of 128 and above."""
-    return math.min(pixels, pixels ^ types.Constant(255, dtype=types.UINT8))
-
-
-def normalize(pixels: Any, mirror: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
-    """Flip where `mirror` is 1, and turn 0 to 255 into float32 (3, height, width) of zero mean and unit deviation."""
-    return fn.crop_mirror_normalize(
-        pixels, mirror=mirror, mean=[255 * m for m in mean], std=[255 * s for s in std], output_layout="CHW"
-    )
-
-
-def uniform(low: float, high: float) -> Any:
-    """Draw a number for each sample; DALI itself refuses an empty range."""
-    return low + (high - low) * fn.random.uniform(range=(0.0, 1.0))
-
-
-def augment(pixels: Any, views: params.Views, view: int) -> Any:
-    """Distort decoded images; `view` is 0 for A, 1 for B."""
-    out = random_resized_crop(pixels, views.size, views.crop_area, views.crop_ratio)
-    if fn.random.coin_flip(probability=views.jitter, dtype=types.BOOL):
-        strengths = (views.brightness, views.contrast, views.saturation)
-        brightness, contrast, saturation = [uniform(1 - strength, 1 + strength) for strength in strengths]
-        out = color_jitter(out, brightness, contrast, saturation, uniform(-360 * views.hue, 360 * views.hue))
-    if fn.random.coin_flip(probability=views.grayscale, dtype=types.BOOL):
-        out = grayscale(out)
-    if fn.random.coin_flip(probability=views.blur[view], dtype=types.BOOL):
-        out = blur(out, uniform(*views.blur_sigma))
-    if fn.random.coin_flip(probability=views.solarize[view], dtype=types.BOOL):
-        out = solarize(out)
-    return normalize(out, fn.random.coin_flip(probability=views.flip), views.mean, views.std)
+Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
-def twin_pipeline(tars: list[Path], views: params.Views, fill: int, rank: int, world_size: int, order: int) -> Any:
-    """Read, decode once, distort twice.
-
-    Each image is drawn from `fill` that are held; with 0 all come in their order. The tars too are read in a new order
-    in each epoch, seeded by `order` for all ranks alike, but only where there are more tars than ranks: with it on,
-    DALI gives each rank the same places in every epoch, which for a single tar would be the same images.
-    """
-    shuffle: dict[str, Any] = {"random_shuffle": True, "initial_fill": fill} if fill else {}
-    if fill and len(tars) > world_size:
-        shuffle |= {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": order}
-    encoded = fn.readers.webdataset(
-        paths=[str(tar) for tar in tars],
-        index_paths=[str(shards.index(tar)) for tar in tars],
-        ext=";".join(shards.EXTENSIONS),
-        shard_id=rank,
-        num_shards=world_size,
-        pad_last_batch=True,  # no batch runs over the end of an epoch
-        **shuffle,
-    )
+def twin_pipeline(batches: Any, views: params.Views) -> Any:
+    """Decode once, distort twice; `batches` yields (encoded images, *distortions of A, *distortions of B)."""
+    encoded, *drawn = fn.external_source(batches, num_outputs=1 + 2 * len(Distortion._fields))
     device = "cpu" if Pipeline.current().device_id is None else "mixed"
     pixels = fn.decoders.image(encoded, device=device, output_type=types.RGB)
-    return augment(pixels, views, 0), augment(pixels, views, 1)
+    middle = len(Distortion._fields)
+    return tuple(augment(pixels, Distortion(*d), views) for d in (drawn[:middle], drawn[middle:]))
+
+
+def epoch_order(n: int, fill: int, rng: np.random.Generator) -> Indices:
+    """Return 0 to n - 1 in a new order: runs of `fill` / BLOCKS in any order, then mixed within each `fill`.
+
+    So a set that is larger than memory is read in long stretches; `fill` >= n is an even shuffle of the whole.
+    """
+    block = ceil(fill / BLOCKS)
+    starts = rng.permutation(ceil(n / block)) * block
+    order = (starts[:, None] + np.arange(block)).ravel()
+    order = order[order < n]
+    for part in np.split(order, range(fill, n, fill)):
+        rng.shuffle(part)
+    return order
 
 
 class TwinViews:
     """Endless epochs of view pairs from tar shards, in an order that is new in each epoch and fixed by the seed.
 
     `for view_a, view_b in twin_views` is one epoch (after a restore or a `break`: the rest of one) of `len()` batches:
-    normalised float32 (batch_size, 3, size, size) tensors on the device. Each rank sees a different part of the images
-    in each epoch; the last ones, which fill no batch on every rank, are left out.
+    normalised float32 (batch_size / world_size, 3, size, size) tensors on the device. Every rank has its part of one
+    global batch, and that does not depend on `world_size`. The last images, which fill no batch, are left out.
 
-    `tars` and `seed` are the same on every rank; `batch_size` is one rank's; `device_id` is the GPU that decodes and
-    distorts, None the CPU; `threads` are DALI's, None one a processor.
+    `tars`, `seed` and `batch_size`, that of all ranks together, are the same on every rank; `device_id` is the GPU that
+    decodes and distorts, None the CPU; `threads` are DALI's, None one a processor.
 
     Raises:
-        UserError: the images do not fill one batch on every rank, or (while iterating) one does not decode.
+        UserError: the ranks cannot share a batch evenly, there are fewer images than a batch, or (while iterating) an
+            image does not decode.
     """
 
     def __init__(
@@ -138,84 +80,88 @@ class TwinViews:
         device_id: int | None = None,
         threads: int | None = None,
     ) -> None:
-        count = shards.count(tars)
-        self._batches = count // world_size // batch_size
-        if not self._batches:
+        self._samples = shards.Samples(tars)
+        if batch_size % world_size:
             raise UserError(
-                f"pretrain.batch_size={batch_size * world_size} is more than the {count} images there are to pretrain "
+                f"pretrain.batch_size={batch_size} is not divisible by {world_size} processes; use a multiple"
+            )
+        if len(self._samples) < batch_size:
+            raise UserError(
+                f"pretrain.batch_size={batch_size} is more than the {len(self._samples)} images there are to pretrain "
                 f"on; lower it or add images"
             )
-        self._unread = ceil(ceil(count / world_size) / batch_size) - self._batches  # incomplete batches, 0 or 1
-        self._batch = 0  # the next one's number in its epoch
-        self._tars = tars
+        self._batches = len(self._samples) // batch_size
+        self._fill = ceil(len(self._samples) * SHUFFLE_BYTES / self._samples.bytes)  # images to mix at a time
+        self._step = 0  # batches that were yielded, over all epochs
+        self._tars, self._views, self._seed, self._batch_size = tars, views, seed, batch_size
+        self._part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self._fingerprint = {
             "shards": shards.digest(tars),
             "views": json.dumps(asdict(views), sort_keys=True),
             "batch_size": batch_size,
             "seed": seed,
-            "rank": rank,
-            "world_size": world_size,
-            "device": "cpu" if device_id is None else "gpu",
-            "dali": nvidia.dali.__version__,
         }
-        mean_bytes = sum(tar.stat().st_size for tar in tars) / count
-        self._arguments: dict[str, Any] = {
-            "tars": tars,
-            "views": views,
-            "fill": min(ceil(SHUFFLE_BYTES / mean_bytes), count),
-            "rank": rank,
-            "world_size": world_size,
-            "order": seed,
-            "batch_size": batch_size,
-            "seed": seed * world_size + rank,
-            "device_id": device_id,
-            "num_threads": threads or files.cpus(),
-            "enable_checkpointing": True,
-        }
+        local = batch_size // world_size
+        self._options = {"batch_size": local, "device_id": device_id, "num_threads": threads or files.cpus()}
         self._pipeline: Any = None
 
     def __len__(self) -> int:
         return self._batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(self._batch, self._batches):
+        for _ in range(self._step % self._batches, self._batches):
             pair = self._run()
-            self._batch += 1
-            if self._batch == self._batches:  # go on to the next epoch before the yield: a state saved now lies there
-                for _ in range(self._unread):
-                    self._run()
-                self._batch = 0
+            self._step += 1
             yield pair
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the batch that was yielded last: what follows is the same after a restore."""
-        return {**self._fingerprint, "batch": self._batch, "pipeline": self._build().checkpoint()}
+        return {**self._fingerprint, "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the batch at which `state` was taken.
+        """Continue after the batch at which `state` was taken, on any rank and at any number of them.
 
         Raises:
-            ValueError: the state belongs to other images, settings or processes; says which.
+            ValueError: the state belongs to other images or settings; says which.
         """
         for name, value in self._fingerprint.items():
             if state.get(name) != value:
                 raise ValueError(f"the saved state has another {name}: {state.get(name)!r}, not {value!r}")
-        self._batch = state["batch"]
-        self._pipeline = twin_pipeline(**self._arguments, checkpoint=state["pipeline"])
-
-    def _build(self) -> Any:
-        if self._pipeline is None:
-            self._pipeline = twin_pipeline(**self._arguments)
-        return self._pipeline
+        self._step = state["step"]
+        self._pipeline = None
 
     def _run(self) -> tuple[Tensor, Tensor]:
+        if self._pipeline is None:
+            self._pipeline = twin_pipeline(self._source(self._step), self._views, **self._options)
         try:
-            view_a, view_b = self._build().run()
+            view_a, view_b = self._pipeline.run()
         except RuntimeError as error:
             if bad := _undecodable(self._tars):
                 raise UserError(f"{bad} cannot be decoded; replace the image and run ingest again") from None
             raise error
         return from_dlpack(view_a.as_tensor()), from_dlpack(view_b.as_tensor())
+
+    def keys(self, step: int) -> list[str]:
+        """Return the keys of the images in the global batch of a step, counted from 0 over all epochs."""
+        return self._samples.keys(self._epoch(step // self._batches)[step % self._batches])
+
+    def _epoch(self, epoch: int) -> Indices:
+        """Return the numbers of the images in each global batch, (batches, batch_size)."""
+        order = epoch_order(len(self._samples), self._fill, np.random.default_rng([self._seed, epoch]))
+        return order[: self._batches * self._batch_size].reshape(self._batches, self._batch_size)
+
+    def _source(self, step: int) -> Iterator[tuple[Any, ...]]:
+        """Yield this rank's part of each global batch from `step` on, for `twin_pipeline`."""
+        for epoch in count(step // self._batches):
+            whole = self._epoch(epoch)
+            for batch in range(step % self._batches, self._batches):
+                if self._fill < len(self._samples) and batch + AHEAD < self._batches:
+                    self._samples.ask(whole[batch + AHEAD, self._part])
+                # From 1 on: numpy takes [seed, epoch, 0] for [seed, epoch], the order's.
+                rng, sides = np.random.default_rng([self._seed, epoch, batch + 1]), self._samples.sides[whole[batch]]
+                drawn = (array for view in (0, 1) for array in draw(self._views, view, sides, rng))
+                yield self._samples.read(whole[batch, self._part]), *(array[self._part] for array in drawn)
+            step = 0
 
 
 def _undecodable(tars: list[Path]) -> str:
@@ -241,9 +187,12 @@ def _decodes(samples: list[shards.Sample]) -> bool:
 
 def pairs(tars: list[Path], views: params.Views, n: int, seed: int) -> tuple[Pixels, Pixels]:
     """Return both views of the first `n` images as the network sees them, as uint8 (n, size, size, 3), for display."""
-    options = {"num_threads": files.cpus(), "device_id": None, "prefetch_queue_depth": 1, "seed": seed}
-    n = min(n, shards.count(tars))
-    pipeline = twin_pipeline(tars, views, fill=0, rank=0, world_size=1, order=0, batch_size=n, **options)
+    samples, rng = shards.Samples(tars), np.random.default_rng(seed)
+    n = min(n, len(samples))
+    sides = samples.sides[:n]
+    batch = (samples.read(np.arange(n)), *draw(views, 0, sides, rng), *draw(views, 1, sides, rng))
+    options = {"num_threads": files.cpus(), "device_id": None, "prefetch_queue_depth": 1}
+    pipeline = twin_pipeline(lambda: batch, views, batch_size=n, **options)
     mean, std = np.array(views.mean), np.array(views.std)
     normalized = [np.asarray(view.as_tensor()).transpose(0, 2, 3, 1) for view in pipeline.run()]
     view_a, view_b = ((255 * (view * std + mean)).round().clip(0, 255).astype(np.uint8) for view in normalized)

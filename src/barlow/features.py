@@ -1,0 +1,54 @@
+"""Frozen features: the images of shards, decoded and put through an encoder with no augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from barlow import files, images, model, probe, shards
+
+CHUNK = 256  # images decoded and embedded at a time
+KNN = (20, 0.1)  # k and temperature while training runs; not evaluate's, of which pretraining must not depend
+
+
+class Split(NamedTuple):
+    """Images of a split as the encoder sees them."""
+
+    features: Tensor  # float32 (n, dim)
+    labels: Tensor  # int64 (n,), -1: none
+    keys: list[str]
+
+
+def labelled(split: str) -> Iterator[shards.Sample]:
+    """Yield the images of a split that have a label."""
+    return (sample for sample in shards.read(shards.tars(split)) if sample.label >= 0)
+
+
+def embed(encoder: model.FrozenEncoder, samples: Iterator[shards.Sample], device: torch.device) -> Split:
+    """Decode and embed images, some at a time."""
+
+    def preprocess(sample: shards.Sample) -> Tensor:
+        return encoder.preprocess(torch.tensor(images.decode(sample.data))[None].to(device))
+
+    features, labels, keys = [torch.zeros(0, encoder.backbone.dim)], list[int](), list[str]()
+    with ThreadPoolExecutor(files.cpus()) as pool, torch.inference_mode():
+        while chunk := list(islice(samples, CHUNK)):
+            pixels = torch.cat(list(pool.map(preprocess, chunk)))
+            features.append(encoder.backbone(pixels).float().cpu())
+            labels += [sample.label for sample in chunk]
+            keys += [sample.key for sample in chunk]
+    return Split(torch.cat(features).clone(), torch.tensor(labels, dtype=torch.long), keys)
+
+
+def knn_on_val(encoder: model.FrozenEncoder, device: torch.device) -> dict[str, float]:
+    """Return `knn_val_top1`, in percent, of val against train; nothing where one of them has no labels."""
+    train, val = (embed(encoder, labelled(split), device) for split in ("train", "val"))
+    if not train.keys or not val.keys:
+        return {}
+    scores = probe.knn(val.features, train.features, train.labels, len(shards.classes()), *KNN)
+    return {"knn_val_top1": probe.accuracy(scores.argmax(1), val.labels)}

@@ -1,0 +1,208 @@
+"""The state of a pretraining run, all of which a checkpoint holds: network, optimizer, place in the data, measurements.
+
+Nothing random is drawn while it runs but the views, and those follow from the seed and the step. So there is no random
+state to keep, and a checkpoint goes on at any number of processes with the same global batches.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from barlow import checkpoint, distributed, files, model, shards
+from barlow.errors import UserError
+from barlow.lars import LARS
+from barlow.loss import BarlowTwinsLoss, cross_correlation
+from barlow.params import Params
+from barlow.schedule import warmup_cosine
+from barlow.views import TwinViews
+
+CORNER = 128  # dimensions of C that are kept for the report
+NAMED_KEYS = 8  # images named where a loss is not finite
+
+
+class Training:
+    """One process's part of a run.
+
+    Raises:
+        UserError: fewer images than a batch, or a batch that the processes cannot share.
+    """
+
+    def __init__(self, params: Params, device: torch.device) -> None:
+        p, tars, world = params.pretrain, shards.tars("pretrain"), distributed.world_size()
+        gpu = device.index if device.type == "cuda" else None
+        threads = max(files.cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+        self.views = TwinViews(tars, params.views, p.batch_size, p.seed, distributed.rank(), world, gpu, threads)
+        self.epoch_steps = len(self.views)
+        self.total_steps = p.epochs * self.epoch_steps
+        torch.manual_seed(p.seed)
+        network = model.BarlowTwins(params.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = model.synchronised(network, device) if world > 1 else network
+        if p.compile:
+            self.network.compile()
+        self.twins: nn.Module = self.network  # what the loop calls
+        if world > 1:
+            with warnings.catch_warnings():  # torch 2.15 renames the option, and 2.14 does not know the new name
+                warnings.simplefilter("ignore", FutureWarning)
+                self.twins = DistributedDataParallel(self.network, broadcast_buffers=False)  # they are the same already
+        self.weights = [w for w in self.network.parameters() if w.ndim > 1]
+        self.biases = [w for w in self.network.parameters() if w.ndim <= 1]
+        groups = [{"params": self.weights}, {"params": self.biases}]
+        self.optimizer = LARS(groups, 0.0, p.momentum, p.weight_decay, p.trust_coefficient)
+        self.p, self.device = p, device
+        self.step = 0
+        self.sums = torch.zeros(len(BarlowTwinsLoss._fields), device=device)  # of this epoch
+        self.finite_steps = torch.zeros((), dtype=torch.long, device=device)  # up to the first that was not
+        self.history: list[dict[str, float]] = []  # a row an epoch
+        self.correlation: dict[str, Tensor] = {}
+        # What a run has in common with the one it goes on from; not where or how often it is saved or measured.
+        free = replace(p, checkpoint_seconds=0, checkpoint_steps=None, processes=None, device="auto")
+        free = replace(free, knn_epochs=None, min_std=0, max_correlation=1)
+        self.identity = {
+            "model": asdict(params.model),
+            "views": asdict(params.views),
+            "pretrain": asdict(free),
+            "data": shards.digest(tars),
+        }
+        self.fingerprint = checkpoint.fingerprint(**self.identity)
+        self.writer = checkpoint.Writer()
+
+    def rates(self, step: int) -> tuple[float, float]:
+        """Return the learning rates of weights and of biases at a step."""
+        warmup = round(self.p.warmup_epochs * self.epoch_steps)
+        peaks = [rate * self.p.batch_size / 256 for rate in (self.p.lr_weights, self.p.lr_biases)]
+        weights, biases = (
+            warmup_cosine(step, self.total_steps, warmup, peak, self.p.final_lr * peak) for peak in peaks
+        )
+        return weights, biases
+
+    def update(self, loss: BarlowTwinsLoss) -> None:
+        """Take the step that the loss asks for."""
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        for group, rate in zip(self.optimizer.param_groups, self.rates(self.step), strict=True):
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def record(self, loss: BarlowTwinsLoss, z_a: Tensor, z_b: Tensor) -> None:
+        """Count a finished step; but for the first and the last nothing is read back from the device."""
+        self.sums += torch.stack([term.detach().float() for term in loss])
+        self.finite_steps += self.sums.isfinite().all()
+        for name, step in {"before": 0, "after": self.total_steps - 1}.items():
+            if self.step == step:
+                corner = cross_correlation(z_a.detach()[:, :CORNER], z_b.detach()[:, :CORNER])
+                self.correlation[name] = corner.cpu()
+        self.step += 1
+
+    def check_finite(self) -> None:
+        """Refuse to go on, and to save, after the loss or a weight has become infinite or NaN.
+
+        Raises:
+            UserError: names the step, the learning rates, images of the batch and the last good checkpoint.
+        """
+        finite = int(self.finite_steps)
+        largest = torch.stack(torch._foreach_norm(self.weights + self.biases, float("inf")))
+        if finite == self.step and largest.isfinite().all():
+            return
+        step = min(finite, self.step - 1)
+        weights, biases = self.rates(step)
+        keys = self.views.keys(step)
+        self.writer.wait()
+        what = "loss is" if finite < self.step else "weights are"
+        raise UserError(
+            f"the {what} not finite at step {step}, with learning rates {weights:.3g} (weights) and {biases:.3g} "
+            f"(biases): lower pretrain.lr_weights={self.p.lr_weights}, pretrain.lr_biases={self.p.lr_biases} or "
+            f"pretrain.trust_coefficient={self.p.trust_coefficient}, or raise "
+            f"pretrain.warmup_epochs={self.p.warmup_epochs}; the batch was {', '.join(keys[:NAMED_KEYS])}"
+            f"{f' and {len(keys) - NAMED_KEYS} more' if len(keys) > NAMED_KEYS else ''}; "
+            f"the last good checkpoint is {self.writer.newest() or 'none yet'}"
+        )
+
+    def figures(self, terms: Iterable[Tensor]) -> dict[str, float]:
+        """Return what tells how it goes: per entry of C, the two terms of a loss tell more than the loss does."""
+        total, on_diagonal, off_diagonal = map(float, terms)
+        dim = self.network.dim
+        row = {"loss": total, "on_diagonal": on_diagonal / dim, "off_diagonal": off_diagonal / max(dim * (dim - 1), 1)}
+        return row | {"lr": self.optimizer.param_groups[0]["lr"]}
+
+    def end_epoch(self, z: Tensor, measured: dict[str, float]) -> dict[str, float]:
+        """Return the epoch's means and what was measured besides, and start the next; `z` are its last embeddings."""
+        self.check_finite()
+        row = self.figures(self.sums / self.epoch_steps) | {"std": spread(z.detach())}
+        self.sums.zero_()
+        self.history.append(row | measured)
+        if len(self.history) > self.p.warmup_epochs and distributed.rank() == 0:
+            warn_of_collapse(row, self.p.min_std, self.p.max_correlation)
+        return self.history[-1]
+
+    def save(self) -> None:
+        """Write a checkpoint in a thread, for which `writer.wait` waits; all processes hold the same and one writes."""
+        self.check_finite()
+        if distributed.rank() != 0:
+            return
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        for i, w in enumerate(self.weights + self.biases):
+            tensors[f"momentum.{i}"] = self.optimizer.state[w]["momentum_buffer"]
+        tensors |= {"sums": self.sums, "finite_steps": self.finite_steps}
+        tensors |= {f"correlation.{name}": value for name, value in self.correlation.items()}
+        metadata: dict[str, Any] = {"fingerprint": self.fingerprint, "world_size": distributed.world_size()}
+        metadata |= {"history": self.history.copy(), "views": self.views.state_dict()}
+        self.writer.save(self.step, tensors, metadata)
+
+    def resume(self) -> str:
+        """Go on from the newest checkpoint of this run and say so, or say that there is none."""
+        found = checkpoint.latest(checkpoint.FOLDER, self.fingerprint)
+        if found is None:
+            return "from the start"
+        tensors, metadata = found
+        self.step, self.history = metadata["step"], metadata["history"]
+        self.network.load_state_dict(_part(tensors, "network."))
+        for i, w in enumerate(self.weights + self.biases):
+            self.optimizer.state[w]["momentum_buffer"] = tensors[f"momentum.{i}"].to(w.device)
+        self.sums.copy_(tensors["sums"])
+        self.finite_steps.copy_(tensors["finite_steps"])
+        self.correlation = _part(tensors, "correlation.")
+        self.views.load_state_dict(metadata["views"])
+        before, now = metadata["world_size"], distributed.world_size()
+        same = f"; {now} process(es) and not {before}: the same batches of {self.p.batch_size}, other rounding"
+        return f"going on from step {self.step} of {self.total_steps}{same if before != now else ''}"
+
+
+def spread(z: Tensor) -> float:
+    """Return the mean standard deviation of unit embeddings (batch, dim) times sqrt(dim): 1 is even, 0 collapsed.
+
+    Chen and He, arXiv 2011.10566, section 4.1.
+    """
+    return float(functional.normalize(z.float()).std(0, correction=0).mean() * z.shape[1] ** 0.5)
+
+
+def warn_of_collapse(row: dict[str, float], min_std: float, max_correlation: float) -> None:
+    """Say on stderr that an epoch's embeddings are degenerate, and what usually makes them so."""
+    correlation = row["off_diagonal"] ** 0.5
+    if row["std"] < min_std:
+        print(
+            f"warning: the embeddings are collapsing: their standard deviation is {row['std']:.3f} of an even "
+            f"spread's, below pretrain.min_std={min_std}. Usual causes: a learning rate too high, too short a warm-up, "
+            f"images that are all alike",
+            file=sys.stderr,
+        )
+    if correlation > max_correlation:
+        print(
+            f"warning: the embedding's dimensions repeat each other: root mean square correlation {correlation:.3f}, "
+            f"above pretrain.max_correlation={max_correlation}. Usual causes: pretrain.lambd too low, a learning rate "
+            f"too high, a projector wider than the data has to say",
+            file=sys.stderr,
+        )
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
