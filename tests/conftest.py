@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["barlow.loss", "barlow.probe"], "beartype.beartype")  # shapes in annotations are checked, in tests
 
-os.environ.update(DVC_NO_ANALYTICS="1", DO_NOT_TRACK="1")
+os.environ.update(DVC_NO_ANALYTICS="1", DO_NOT_TRACK="1", OMP_WAIT_POLICY="PASSIVE")  # the last as `cli` sets it
 ROOT = Path(__file__).parent.parent
 
 

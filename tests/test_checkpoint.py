@@ -109,10 +109,10 @@ def test_the_writer_returns_while_it_writes_what_was_there(tmp_path, monkeypatch
     assert begun.wait(60)
     w.fill_(7)  # training goes on
     writer.check()
-    assert writer.newest() is None
+    assert writer.newest("same") is None
     go_on.set()
     writer.wait()
-    assert writer.newest() == tmp_path / "step-000000005.safetensors"
+    assert writer.newest("same") == tmp_path / "step-000000005.safetensors"
     assert torch.equal(checkpoint.latest(tmp_path, "same")[0]["w"], torch.ones(1000))
 
 
@@ -133,7 +133,7 @@ def test_checkpoints_are_written_one_after_the_other(tmp_path):
     [
         checkpoint.Writer.wait,
         checkpoint.Writer.check,
-        lambda writer: writer.save(6, {"w": torch.ones(1)}, {}),
+        lambda writer: writer.save(6, {"w": torch.ones(1)}, {"fingerprint": "same"}),
     ],
     ids=["wait", "check", "save"],
 )
@@ -155,7 +155,7 @@ def test_without_a_checkpoint_there_is_nothing_to_wait_for(tmp_path):
     writer = checkpoint.Writer(tmp_path)
     writer.check()
     writer.wait()
-    assert writer.newest() is None
+    assert writer.newest("same") is None
 
 
 def fill(folder):
@@ -204,3 +204,17 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
         UserError, match=r"models/resume/step-000000005.safetensors cannot be written \(Not a directory"
     ):
         save(tmp_path / "models/resume", 5)
+
+
+def test_the_checkpoints_of_another_run_stay_until_a_run_ends(tmp_path):
+    for step in (100, 200):
+        save(tmp_path, step, "other")
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    steps = [int(path.stem.removeprefix("step-")) for path in sorted(tmp_path.iterdir())]
+    assert steps == [10, 15, 100, 200]
+    assert checkpoint.latest(tmp_path, "same")[1]["step"] == 15
+    assert checkpoint.latest(tmp_path, "other")[1]["step"] == 200
+    assert checkpoint.newest(tmp_path, "same").name == "step-000000015.safetensors"
+    checkpoint.clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []

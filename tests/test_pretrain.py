@@ -348,3 +348,13 @@ def test_a_killed_process_ends_the_job_and_is_named(project, smoke, change):
     assert process.returncode == 1
     assert "barlow: process 1 was killed by signal 9\n" in Path("stderr").read_text()
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_it_ends_with_the_same_weights(project, smoke, change):
+    params = change(smoke, "pretrain", epochs=8, checkpoint_steps=2)
+    Path("params.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(params)))))
+    script = Path(__file__).with_name("kills.py")
+    done = subprocess.run([sys.executable, script, "3"], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "3 kills in " in done.stdout

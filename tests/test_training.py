@@ -92,24 +92,21 @@ def test_spread_is_one_where_even_and_zero_where_collapsed():
     assert 0.01 < training.spread(z + 10) < 0.2
 
 
-def test_collapse_is_warned_of_with_figure_and_bound(capsys):
-    training.warn_of_collapse(HEALTHY, min_std=0.1, max_correlation=0.5)
-    assert capsys.readouterr().err == ""
-    training.warn_of_collapse(HEALTHY | {"std": 0.0321}, min_std=0.1, max_correlation=0.5)
-    err = capsys.readouterr().err
-    assert "collapsing: their standard deviation is 0.032 of an even spread's, below pretrain.min_std=0.1." in err
-    assert err.count("\n") == 1
-    training.warn_of_collapse(HEALTHY | {"off_diagonal": 0.49}, min_std=0.1, max_correlation=0.5)
-    err = capsys.readouterr().err
-    assert "root mean square correlation 0.700, above pretrain.max_correlation=0.5." in err
-    assert err.count("\n") == 1
+def test_collapse_is_told_with_figure_and_bound():
+    assert training.collapse(HEALTHY, min_std=0.1, max_correlation=0.5) == {}
+    found = training.collapse(HEALTHY | {"std": 0.0321}, min_std=0.1, max_correlation=0.5)
+    assert list(found) == ["min_std"]
+    assert "their standard deviation is 0.032 of an even spread's, below pretrain.min_std=0.1." in found["min_std"]
+    found = training.collapse(HEALTHY | {"off_diagonal": 0.49}, min_std=0.1, max_correlation=0.5)
+    assert list(found) == ["max_correlation"]
+    assert "correlation 0.700, above pretrain.max_correlation=0.5." in found["max_correlation"]
 
 
 def test_a_run_warns_of_collapse_after_the_warmup(project, smoke, change, capsys):
-    params = change(smoke, "pretrain", epochs=2, warmup_epochs=1, min_std=1.0, max_correlation=0.0)
+    params = change(smoke, "pretrain", epochs=3, warmup_epochs=1, min_std=1.0, max_correlation=0.0)
     pretrain.run(params)  # no embeddings are as even as that
     err = capsys.readouterr().err
-    assert err.count("warning: the embeddings are collapsing") == 1  # and not in the first epoch
+    assert err.count("warning: the embeddings are collapsing") == 1  # once, and not in the first epoch
     assert err.count("warning: the embedding's dimensions repeat each other") == 1
     pretrain.run(change(params, "pretrain", min_std=0.0, max_correlation=1.0))
     assert "warning" not in capsys.readouterr().err

@@ -20,6 +20,7 @@ from barlow.errors import UserError
 
 FOLDER = Path("models/resume")
 KEPT = 2
+DAMAGED = (SafetensorError, OSError, KeyError, TypeError, ValueError)  # what reading may raise
 
 
 def fingerprint(**parts: Any) -> str:
@@ -31,7 +32,7 @@ def fingerprint(**parts: Any) -> str:
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write the checkpoint of `step`, then delete all but the last two.
+    """Write the checkpoint of `step`, then delete all but the last two of this run; those of others stay.
 
     Raises:
         UserError: it cannot be written; names the path and the bytes needed. Those before it stay.
@@ -43,9 +44,9 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str
         needed = sum(tensor.nbytes for tensor in tensors.values())
         raise UserError(
             f"{path} cannot be written ({error.strerror}): it needs {needed:,} bytes and {_free(folder):,} are free; "
-            f"make room and run again, to go on from {newest(folder) or 'the start'}"
+            f"make room and run again, to go on from {newest(folder, metadata['fingerprint']) or 'the start'}"
         ) from None
-    for old in [*_newest_first(folder)[KEPT:], *_parts(folder)]:
+    for old in [*_of_run(folder, metadata["fingerprint"])[KEPT:], *_parts(folder)]:
         old.unlink()
 
 
@@ -83,14 +84,14 @@ class Writer:
         if last is not None:
             last.result()
 
-    def newest(self) -> Path | None:
-        """Return the newest checkpoint's path."""
-        return newest(self._folder)
+    def newest(self, fingerprint: str) -> Path | None:
+        """Return the path of the run's newest checkpoint, if there is one."""
+        return newest(self._folder, fingerprint)
 
 
-def newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint's path, if there is one."""
-    return next(iter(_newest_first(folder)), None)
+def newest(folder: Path, fingerprint: str) -> Path | None:
+    """Return the path of a run's newest checkpoint, if there is one."""
+    return next(iter(_of_run(folder, fingerprint)), None)
 
 
 def latest(folder: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -101,7 +102,7 @@ def latest(folder: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, An
     for path in _newest_first(folder):
         try:
             tensors, metadata = model.load_weights(path)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except DAMAGED as error:
             print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
             continue
         if metadata.get("fingerprint") == expected:
@@ -119,6 +120,19 @@ def clear(folder: Path) -> None:
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"), reverse=True)
+
+
+def _of_run(folder: Path, fingerprint: str) -> list[Path]:
+    return [path for path in _newest_first(folder) if _fingerprint(path) == fingerprint]
+
+
+def _fingerprint(path: Path) -> str | None:
+    """Return the fingerprint in a checkpoint's header, None where that is damaged."""
+    try:
+        found: str | None = model.load_metadata(path).get("fingerprint")
+    except DAMAGED:
+        return None
+    return found
 
 
 def _parts(folder: Path) -> list[Path]:

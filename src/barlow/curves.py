@@ -86,17 +86,16 @@ class Progress:
             self._bar.set_postfix_str(text)
 
     def epoch_figures(self) -> dict[str, float]:
-        """Return seconds, samples per second and the data wait (0 to 1) of the epoch, and start the next."""
-        since = self._since(self._epoch)
-        self._epoch = self._line = self._now()
-        return since
+        """Return seconds, samples per second and the data wait (0 to 1) since `end_epoch`."""
+        return self._since(self._epoch)
 
     def end_epoch(self, row: Mapping[str, float]) -> None:
-        """Print a finished epoch."""
+        """Print a finished epoch and start the clock of the next; what came since `epoch_figures` counts in neither."""
         if self._shown:
             place = f"epoch {self._steps // self._epoch_steps}/{self._epochs}"
             tqdm.write(f"{place}  {describe(row)}")
             sys.stdout.flush()  # which tqdm leaves to chance
+        self._epoch = self._line = self._now()
 
     def _now(self) -> tuple[float, float, int]:
         return time.perf_counter(), self._waited, self._steps

@@ -36,6 +36,7 @@ def start(device: str) -> torch.device:
     local = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(local)
+        torch.backends.cudnn.deterministic = True  # a resumed run is to end with the same weights
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     return local
@@ -57,7 +58,9 @@ def launch(processes: int | None, device: str) -> bool:
         return False
     os.environ.setdefault("OMP_NUM_THREADS", str(max(files.cpus() // processes, 1)))
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # passes them on
-    config = LaunchConfig(1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    config = LaunchConfig(
+        1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="barlow", max_restarts=0
+    )
     try:
         elastic_launch(config, sys.executable)("-m", "barlow.cli", *sys.argv[1:])
     except ChildFailedError as error:

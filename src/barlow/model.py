@@ -150,6 +150,13 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["barlow"])  # noqa: SIM118
 
 
+def load_metadata(path: Path) -> dict[str, Any]:
+    """Read the metadata that `save_weights` wrote, and no tensor."""
+    with safe_open(path, framework="pt") as file:
+        metadata: dict[str, Any] = json.loads(file.metadata()["barlow"])
+    return metadata
+
+
 def load_encoder(path: Path = files.ENCODER) -> tuple[FrozenEncoder, dict[str, Any]]:
     """Rebuild the frozen encoder from its weights alone; the metadata carries `model` and `views`."""
     tensors, metadata = load_weights(path)

@@ -64,6 +64,7 @@ class Training:
         self.finite_steps = torch.zeros((), dtype=torch.long, device=device)  # up to the first that was not
         self.history: list[dict[str, float]] = []  # a row an epoch
         self.correlation: dict[str, Tensor] = {}
+        self.warned: set[str] = set()  # what need not be said again
         # What a run has in common with the one it goes on from; not where or how often it is saved or measured.
         free = replace(p, checkpoint_seconds=0, checkpoint_steps=None, processes=None, device="auto")
         free = replace(free, knn_epochs=None, min_std=0, max_correlation=1)
@@ -124,7 +125,7 @@ class Training:
             f"pretrain.trust_coefficient={self.p.trust_coefficient}, or raise "
             f"pretrain.warmup_epochs={self.p.warmup_epochs}; the batch was {', '.join(keys[:NAMED_KEYS])}"
             f"{f' and {len(keys) - NAMED_KEYS} more' if len(keys) > NAMED_KEYS else ''}; "
-            f"the last good checkpoint is {self.writer.newest() or 'none yet'}"
+            f"the last good checkpoint is {self.writer.newest(self.fingerprint) or 'none yet'}"
         )
 
     def figures(self, terms: Iterable[Tensor]) -> dict[str, float]:
@@ -141,7 +142,10 @@ class Training:
         self.sums.zero_()
         self.history.append(row | measured)
         if len(self.history) > self.p.warmup_epochs and distributed.rank() == 0:
-            warn_of_collapse(row, self.p.min_std, self.p.max_correlation)
+            for name, text in collapse(row, self.p.min_std, self.p.max_correlation).items():
+                if name not in self.warned:
+                    print(f"warning: {text}", file=sys.stderr, flush=True)
+                self.warned.add(name)
         return self.history[-1]
 
     def save(self) -> None:
@@ -185,23 +189,22 @@ def spread(z: Tensor) -> float:
     return float(functional.normalize(z.float()).std(0, correction=0).mean() * z.shape[1] ** 0.5)
 
 
-def warn_of_collapse(row: dict[str, float], min_std: float, max_correlation: float) -> None:
-    """Say on stderr that an epoch's embeddings are degenerate, and what usually makes them so."""
-    correlation = row["off_diagonal"] ** 0.5
+def collapse(row: dict[str, float], min_std: float, max_correlation: float) -> dict[str, str]:
+    """Say in what way embeddings are degenerate, by the name of the bound, and what usually makes them so."""
+    found, correlation = {}, row["off_diagonal"] ** 0.5
     if row["std"] < min_std:
-        print(
-            f"warning: the embeddings are collapsing: their standard deviation is {row['std']:.3f} of an even "
-            f"spread's, below pretrain.min_std={min_std}. Usual causes: a learning rate too high, too short a warm-up, "
-            f"images that are all alike",
-            file=sys.stderr,
+        found["min_std"] = (
+            f"the embeddings are collapsing: their standard deviation is {row['std']:.3f} of an even spread's, below "
+            f"pretrain.min_std={min_std}. Usual causes: a learning rate too high, too short a warm-up, images that are "
+            f"all alike"
         )
     if correlation > max_correlation:
-        print(
-            f"warning: the embedding's dimensions repeat each other: root mean square correlation {correlation:.3f}, "
-            f"above pretrain.max_correlation={max_correlation}. Usual causes: pretrain.lambd too low, a learning rate "
-            f"too high, a projector wider than the data has to say",
-            file=sys.stderr,
+        found["max_correlation"] = (
+            f"the embedding's dimensions repeat each other: root mean square correlation {correlation:.3f}, above "
+            f"pretrain.max_correlation={max_correlation}. Usual causes: pretrain.lambd too low, a learning rate too "
+            f"high, a projector wider than the data has to say"
         )
+    return found
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
