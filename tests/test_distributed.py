@@ -203,3 +203,14 @@ def test_one_process_needs_no_group():
     assert distributed.gather_objects("a") == ["a"]
     assert distributed.any_process(True, False) == [True, False]
     distributed.require_equal(3, "anything", torch.device("cpu"))
+
+
+def test_restarts_that_will_fail_are_warned_of(capsys):
+    environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3", "RANK": "0"}
+    others = {"RANK": "1"}, {"TORCHELASTIC_MAX_RESTARTS": "0"}, {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+    for fine in others:
+        distributed._check_restarts(environment | fine)
+    distributed._check_restarts({})
+    assert capsys.readouterr().err == ""
+    distributed._check_restarts(environment)
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err

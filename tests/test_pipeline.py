@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,31 @@ def test_metrics_and_plots_are_shown(reproduced):
     assert "confusion" in run(reproduced, "dvc", "plots", "show", "--show-vega", "confusion")
     html = run(reproduced, "dvc", "plots", "show").strip().removeprefix("file://")
     assert "on_diagonal" in Path(html).read_text()
+
+
+def descendants(pid):
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            yield int(child)
+            yield from descendants(child)
+
+
+def test_a_stopped_pretraining_goes_on(reproduced, tmp_path):
+    copy = tmp_path / "barlow"
+    shutil.copytree(reproduced, copy, symlinks=True)
+    set_param(copy, "  epochs: 2\n", "  epochs: 12\n")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command, pipes = ["dvc", "repro", "--single-item", "pretrain"], {"stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=copy, env=os.environ | {"PATH": path}, stderr=subprocess.STDOUT, **pipes) as dvc:
+        assert any(line.startswith("epoch 2/12") for line in dvc.stdout)
+        stages = [
+            pid for pid in descendants(dvc.pid) if Path(f"/proc/{pid}/cmdline").read_bytes().endswith(b"pretrain\0")
+        ]
+        os.kill(stages[-1], signal.SIGTERM)
+        after = dvc.communicate(timeout=60)[0]
+    assert dvc.returncode == 255
+    step = re.search(r"stopped at step (\d+) of", after)[1]
+    assert f"going on from step {step} of" in run(copy, *command)
 
 
 def test_data_that_fails_validation_stops_the_pipeline(project, tmp_path):

@@ -17,7 +17,7 @@ import torch
 import yaml
 from sklearn.neighbors import KNeighborsClassifier
 
-from barlow import checkpoint, files, images, model, pretrain, shards
+from barlow import checkpoint, curves, files, images, model, pretrain, shards
 from barlow.errors import Interrupted, UserError
 
 
@@ -84,6 +84,15 @@ def test_it_learns_and_writes_what_later_stages_read(project, smoke, change):
     assert {name: corner.shape for name, corner in corners.items()} == {"before": (64, 64), "after": (64, 64)}
     assert corners["after"].diagonal().mean() > corners["before"].diagonal().mean()
     assert list(checkpoint.FOLDER.iterdir()) == []
+
+
+def test_progress_is_told_between_epochs(project, smoke, monkeypatch, capsys):
+    monkeypatch.setattr(curves, "SECONDS", 0)
+    pretrain.run(smoke)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[:2] for line in lines if line.startswith("epoch") and "left" in line] == [
+        [f"epoch {1 + step // 3}/2", f"step {step + 1}/6"] for step in range(6)
+    ]
 
 
 def test_same_seed_same_weights(project, smoke, change):
@@ -263,11 +272,11 @@ def children(pid):
 
 
 @contextmanager
-def started(params):
-    """Yield `barlow pretrain` at work; its stderr goes into a file of that name."""
+def started(params, *launcher):
+    """Yield `barlow pretrain` at work, under python's arguments of a launcher; its stderr goes into a file."""
     Path("params.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(params)))))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-m", "barlow.cli", "pretrain"]
+    command = [sys.executable, *launcher, "-m", "barlow.cli", "pretrain"]
     with (
         Path("stderr").open("w") as stderr,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment) as process,
@@ -348,6 +357,21 @@ def test_a_killed_process_ends_the_job_and_is_named(project, smoke, change):
     assert process.returncode == 1
     assert "barlow: process 1 was killed by signal 9\n" in Path("stderr").read_text()
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_again_and_they_go_on(project, smoke, change, monkeypatch):
+    params = change(smoke, "pretrain", epochs=8, checkpoint_steps=1)
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    with started(params, *torchrun) as process:
+        read_to(process, "epoch 2/8")
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, Path("stderr").read_text()[-3000:]
+    assert re.search(r"^going on from step \d+ of 24$", said, re.MULTILINE)
+    assert len(curve("loss")) == 8
+    assert files.ENCODER.exists()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,8 +39,19 @@ def start(device: str) -> torch.device:
         torch.cuda.set_device(local)
         torch.backends.cudnn.deterministic = True  # a resumed run is to end with the same weights
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        _check_restarts(os.environ)
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     return local
+
+
+def _check_restarts(environment: Mapping[str, str]) -> None:
+    """Warn where torchrun's restarts will fail: its processes would find each other's old addresses in its store.
+
+    https://github.com/pytorch/pytorch/issues/135712
+    """
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)) and environment.get("RANK") == "0":
+        print("warning: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or torchrun's restarts fail", file=sys.stderr)
 
 
 def launch(processes: int | None, device: str) -> bool:

@@ -55,6 +55,7 @@ def train(params: Params, device: torch.device) -> None:
         print(plan.headline(run, bf16), run.resume(), sep="\n", flush=True)
     else:
         run.resume()
+    run.views.build()
     curves = Curves(run.history)
     saved = time.monotonic()
 

@@ -130,7 +130,7 @@ class Training:
 
     def figures(self, terms: Iterable[Tensor]) -> dict[str, float]:
         """Return what tells how it goes: per entry of C, the two terms of a loss tell more than the loss does."""
-        total, on_diagonal, off_diagonal = map(float, terms)
+        total, on_diagonal, off_diagonal = (float(term.detach()) for term in terms)
         dim = self.network.dim
         row = {"loss": total, "on_diagonal": on_diagonal / dim, "off_diagonal": off_diagonal / max(dim * (dim - 1), 1)}
         return row | {"lr": self.optimizer.param_groups[0]["lr"]}

@@ -130,10 +130,15 @@ class TwinViews:
         self._step = state["step"]
         self._pipeline = None
 
-    def _run(self) -> tuple[Tensor, Tensor]:
+    def build(self) -> None:
+        """Build the pipeline; who iterates does it anyway, and waits."""
         if self._pipeline is None:
             self._pipeline = twin_pipeline(self._source(self._step), self._views, **self._options)
+            self._pipeline.build()
+
+    def _run(self) -> tuple[Tensor, Tensor]:
         try:
+            self.build()
             view_a, view_b = self._pipeline.run()
         except RuntimeError as error:
             if bad := _undecodable(self._tars):
