@@ -5,9 +5,9 @@ Against the paper's pseudo-code at the same size, written down as a user would.
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import rounds
 import torch
@@ -55,18 +55,25 @@ def compare_forms(n, dim):
 
 
 def peak(name, n, dim):
-    """Return the mebibytes that a step adds to those of a process, measured in a process of its own."""
+    """Return the mebibytes that a step needs on top of its input, measured in a process of its own."""
     command = [sys.executable, __file__, name, str(n), str(dim)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def print_peak(name, n, dim):
     function = {"ours": our_loss, "paper": paper_loss}[name]
-    step(function, *torch.randn(2, 8, 16))
+    step(function, *torch.randn(2, 64, 128))
     views = torch.randn(2, n, dim)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
     step(function, *views)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(memory("VmHWM") - before)
+
+
+def memory(name):
+    """Return a line of /proc/self/status in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,17 @@ def smoke():
     return params.build(params.Params, document, "smoke")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Let torch compute on one thread: small networks are the faster for it, and more so beside DALI's threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def change():
     """`change(params, "pretrain", epochs=1)` returns params with other values in a section."""

@@ -11,14 +11,7 @@ from torchvision.transforms import functional as F  # noqa: N812
 
 from barlow import distort
 
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """Small images on many threads, all of them busy with DALI, take torchvision ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def photo(seed, height=48, width=64, low=0, high=255):

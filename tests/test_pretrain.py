@@ -20,13 +20,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from barlow import checkpoint, curves, files, images, model, pretrain, shards
 from barlow.errors import Interrupted, UserError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(params):

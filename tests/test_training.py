@@ -15,12 +15,7 @@ CPU = torch.device("cpu")
 HEALTHY = {"loss": 9.0, "on_diagonal": 0.2, "off_diagonal": 0.01, "lr": 0.1, "std": 0.9}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_learning_rates_follow_the_schedule(project, smoke, change):
