@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROUNDS = 7
@@ -16,13 +16,14 @@ def compare(name: str, ours: Callable[[], object], theirs: Callable[[], object],
     """Time the two in turn after a warm-up and print the medians and the ratio theirs / ours, its median and range."""
     ours(), theirs()
     pairs = [(seconds(theirs), seconds(ours)) for _ in range(rounds)]
-    ratios = [b / a for b, a in pairs]
     b, a = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(
-        f"{name}: {statistics.median(ratios):.2f} times faster ({min(ratios):.2f} to {max(ratios):.2f}, n={rounds}); "
-        f"{1000 * a:.1f} ms against {1000 * b:.1f} ms",
-        flush=True,
-    )
+    print(f"{name}: {faster(b / a for b, a in pairs)}; {1000 * a:.1f} ms against {1000 * b:.1f} ms", flush=True)
+
+
+def faster(ratios: Iterable[float]) -> str:
+    """Put the ratios of the rounds into words: the median, the range and how many there are."""
+    each = list(ratios)
+    return f"{statistics.median(each):.2f} times faster ({min(each):.2f} to {max(each):.2f}, n={len(each)})"
 
 
 def hardware() -> str:

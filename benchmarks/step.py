@@ -131,10 +131,8 @@ def main(folder: str | None) -> None:
         for process in processes:
             process.kill()
             process.communicate()
-    ratios = [a / b for a, b in rates]
     a, b = (statistics.median(column) for column in zip(*rates, strict=True))
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, n={ROUNDS}"
-    print(f"whole step: {statistics.median(ratios):.2f} times faster ({spread}); {a:.1f} samples/s against {b:.1f}")
+    print(f"whole step: {rounds.faster(a / b for a, b in rates)}; {a:.1f} samples/s against {b:.1f}")
 
 
 if __name__ == "__main__":

@@ -45,10 +45,9 @@ def compare(name: str, paths, tars, views: params.Views, batch_size: int, n: int
         ours.append(rate(endless(twin_views), batch_size, n))
         del twin_views
         theirs.append(rate(iter(official.loader(paths, views, batch_size)), batch_size, n))
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, n={times}"
+    ratios = (a / b for a, b in zip(ours, theirs, strict=True))
     rates = f"{statistics.median(ours):.0f} samples/s against {statistics.median(theirs):.0f}"
-    print(f"views {name}: {statistics.median(ratios):.2f} times faster ({spread}); {rates}", flush=True)
+    print(f"views {name}: {rounds.faster(ratios)}; {rates}", flush=True)
 
 
 def effect(whole, shrunk, views: params.Views, n: int) -> str:
