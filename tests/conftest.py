@@ -16,11 +16,11 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def smoke():
     """The params of the `smoke` preset."""
-    from barlow import params, preset
+    from barlow import params, preset, strict
 
     document = yaml.safe_load((ROOT / "params.yaml").read_text())
     list(preset.merge(document, yaml.safe_load((ROOT / "presets/smoke.yaml").read_text()), ""))
-    return params.build(params.Params, document, "smoke")
+    return strict.build(params.Params, document, "smoke")
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +191,81 @@ def nasty(tmp_path):
     (folder / "kinds/link").symlink_to(tmp_path / "elsewhere")
     refused["kinds/link/linked.png"] = None
     return folder, refused
+
+
+@pytest.fixture
+def encoders(project, smoke, change):
+    """A project as `dvc repro` leaves it, with encoders made without torch.
+
+    `encoders(name, classes)` writes models/encoder.onnx and what belongs to it: "edges" embeds an image as the logarithms
+    of what 12 small filters find in it, "other" as twice that, "noise" as nothing that means anything, "constant" as 1s and
+    "nan" as NaN. `encoders.params` are the settings.
+    """
+    import numpy as np
+    import onnx
+    import torch
+    from onnx import TensorProto, helper
+
+    from barlow import files, model, shards
+    from barlow.encoder import Encoder
+    from barlow.images import decode
+
+    operators = {
+        "edges": [("Identity", ["means"])],
+        "other": [("Add", ["means", "means"])],
+        "noise": [("Mul", ["means", "large"]), ("Sin", ["x0"])],
+        "constant": [("Sub", ["means", "means"]), ("Cos", ["x0"])],
+        "nan": [("Sub", ["means", "means"]), ("Div", ["x0", "x0"])],
+    }
+    filters = np.random.default_rng(0).normal(size=(12, 3, 3, 3))
+    filters -= filters.mean(axis=(2, 3), keepdims=True)
+    for name in ("validation", "pretrain", "evaluate", "export"):
+        figures = {"accepted": 290, "accepted_pretrain": 200, "quarantined": 4, "latency_ms": 1.0, "linear_top1": 50.0}
+        files.write_json(files.REPORTS / f"{name}.json", figures)
+    (project / "models").mkdir(exist_ok=True)
+
+    def write(name, classes=("a", "b", "c", "d")):
+        chain = operators[name]
+        nodes = [
+            helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["pixels"], ["planes"], perm=[0, 3, 1, 2]),
+            helper.make_node("Conv", ["planes", "filters"], ["edges"]),
+            helper.make_node("Abs", ["edges"], ["strengths"]),
+            helper.make_node("GlobalAveragePool", ["strengths"], ["pooled"]),
+            helper.make_node("Log", ["pooled"], ["logs"]),
+            helper.make_node("Flatten", ["logs"], ["flat"]),
+            helper.make_node("Sub", ["flat", "middle"], ["means"]),
+        ]
+        for i, (operator, inputs) in enumerate(chain):
+            output = "embedding" if i == len(chain) - 1 else f"x{i}"
+            nodes.append(helper.make_node(operator, inputs, [output]))
+        nodes.append(helper.make_node("Slice", ["embedding", "start", "end", "axis"], ["logits"]))
+        graph = helper.make_graph(
+            nodes[: len(nodes) - (not classes)],
+            name,
+            [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", "height", "width", 3])],
+            [
+                helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", 12]),
+                helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", len(classes)]),
+            ][: 1 + bool(classes)],
+            [
+                helper.make_tensor("filters", TensorProto.FLOAT, filters.shape, filters.ravel()),
+                helper.make_tensor("middle", TensorProto.FLOAT, [], [4.0]),
+                helper.make_tensor("large", TensorProto.FLOAT, [], [1e4]),
+                helper.make_tensor("start", TensorProto.INT64, [1], [0]),
+                helper.make_tensor("end", TensorProto.INT64, [1], [len(classes)]),
+                helper.make_tensor("axis", TensorProto.INT64, [1], [1]),
+            ],
+        )
+        written = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        metadata = {"version": "1", "space": f"space of {name}", "classes": json.dumps(classes), "data_hash": "0"}
+        helper.set_model_props(written, metadata | {"dim": "12", "image_size": "28"})
+        onnx.save(written, files.ONNX)
+        test = [sample for sample in shards.read(shards.tars("test")) if sample.label >= 0]
+        vectors = Encoder().embed(decode(sample.data) for sample in test)
+        tensors = {"features": torch.from_numpy(vectors), "labels": torch.tensor([sample.label for sample in test])}
+        model.save_weights(files.FEATURES, tensors, {"keys": [sample.key for sample in test], "classes": list(classes)})
+        return files.sha256(files.ONNX)
+
+    write.params = change(smoke, "promote", margin=10.0, max_latency_ratio=1000.0)
+    return write

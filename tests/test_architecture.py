@@ -15,6 +15,7 @@ PACKAGE = ROOT / "src/barlow"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SERVING = {"serve", "embed", "encoder"}  # what the serving image runs, with the base install and its extra alone
 NOT_SERVED = {"torch", "torchvision", "nvidia", "dvc", "dvclive", "prefect", "pandas", "great_expectations", "yaml"}
+NOT_STAGES = {"promote", "drift"}  # sections of params.yaml that no stage reads: a change there makes nothing run again
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 
 
@@ -114,7 +115,7 @@ def test_dvc_deps_come_from_earlier_stages_or_git(stage):
 def test_every_params_section_belongs_to_a_stage():
     sections = set(yaml.safe_load((ROOT / "params.yaml").read_text()))
     used = {name.partition(".")[0] for stage in DVC["stages"].values() for name in stage.get("params", [])}
-    assert used == sections
+    assert used == sections - NOT_STAGES
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -128,7 +129,7 @@ def test_a_stage_declares_the_params_it_reads(stage):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "params"
     }
     declared = {name.partition(".")[0] for name in DVC["stages"][stage].get("params", [])}
-    assert read & sections == declared if stage != "report" else sections == declared  # the page prints them all
+    assert read & sections == declared if stage != "report" else declared == sections - NOT_STAGES
 
 
 def test_json_metrics_are_in_git_and_not_in_the_cache():

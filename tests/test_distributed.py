@@ -59,11 +59,15 @@ results["network"] = {
     "state": network.state_dict(),
 }
 
+def gather(value):
+    values = [None] * world
+    torch.distributed.all_gather_object(values, value)
+    return values
+
 try:
     barlow_twins_loss(torch.ones(4 + (rank == 1), 8), torch.ones(4 + (rank == 1), 8), 0.1)
 except ValueError as error:
-    results["unequal"] = distributed.gather_objects(str(error))
-assert distributed.gather_objects(rank) == list(range(world))
+    results["unequal"] = gather(str(error))
 assert distributed.any_process(rank == 1, False) == [True, False]
 if rank == 0:
     torch.save(results, "out.pt")
@@ -200,7 +204,6 @@ def test_one_process_needs_no_group():
     assert distributed.all_reduce(x) is x
     assert distributed.all_gather(x) is x
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    assert distributed.gather_objects("a") == ["a"]
     assert distributed.any_process(True, False) == [True, False]
     distributed.require_equal(3, "anything", torch.device("cpu"))
 

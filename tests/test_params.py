@@ -5,7 +5,7 @@ import typing
 import pytest
 import yaml
 
-from barlow import params
+from barlow import params, strict
 from barlow.errors import UserError
 
 
@@ -36,7 +36,7 @@ def test_what_may_be_left_out_is_null_or_a_number(tmp_path, document, key, value
 
 def test_every_dataclass_is_frozen_and_without_defaults():
     for kind in vars(params).values():
-        if dataclasses.is_dataclass(kind) and kind is not params.Range:
+        if dataclasses.is_dataclass(kind) and kind is not strict.Range:
             assert kind.__dataclass_params__.frozen
             assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(kind))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from barlow import params, preset
+from barlow import params, preset, strict
 from barlow.errors import UserError
 
 
@@ -22,9 +22,9 @@ def comments():
 
 @pytest.mark.parametrize("name", ["smoke", "cifar10", "imagenet"])
 def test_a_preset_is_merged_and_valid(name):
-    before = params.read_yaml("params.yaml")
+    before = strict.read_yaml("params.yaml")
     preset.run(name)
-    after, overlay = params.read_yaml("params.yaml"), params.read_yaml(f"presets/{name}.yaml")
+    after, overlay = strict.read_yaml("params.yaml"), strict.read_yaml(f"presets/{name}.yaml")
     params.load()
     for section, values in before.items():
         for key, value in values.items():

@@ -194,13 +194,13 @@ def test_killed_in_the_middle_it_goes_on(project, smoke, change, undisturbed, ca
 import json, os, signal, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from barlow import checkpoint, params, pretrain
+from barlow import checkpoint, params, pretrain, strict
 save = checkpoint.save
 def saved(*arguments):
     save(*arguments)
     os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save = saved
-pretrain.run(params.build(params.Params, json.loads(Path("params.json").read_text()), "params"))
+pretrain.run(strict.build(params.Params, json.loads(Path("params.json").read_text()), "params"))
 """
     at_once = change(smoke, "pretrain", checkpoint_seconds=0)  # at every step, and not part of the fingerprint
     Path("params.json").write_text(json.dumps(dataclasses.asdict(at_once)))

@@ -78,3 +78,20 @@ def test_alignment_and_uniformity_of_known_points():
     assert probe.uniformity(x) == pytest.approx(-4)  # one pair at squared distance 2
     ring = torch.tensor([[math.cos(t), math.sin(t)] for t in (0, 2, 4)])
     assert probe.uniformity(ring) < probe.uniformity(torch.tensor([[1.0, 0], [1, 0.1], [1, -0.1]]))
+
+
+@pytest.mark.parametrize(("p_better", "p_worse"), [(0.05, 0.05), (0.02, 0.1), (0.0, 0.01)])
+def test_the_paired_interval_covers_the_difference(p_better, p_worse):
+    """Against simulation: about 95 of 100 intervals hold the true difference."""
+    rng, n = np.random.default_rng(0), 300
+    draws = rng.multinomial(n, [p_better, p_worse, 1 - p_better - p_worse], size=2000).tolist()
+    held = [
+        low <= 100 * (p_better - p_worse) <= high for low, high in (probe.paired_interval(b, w, n) for b, w, _ in draws)
+    ]
+    assert 0.93 <= np.mean(held) <= 0.995
+
+
+def test_the_paired_interval_is_narrower_than_that_of_two_samples():
+    low, high = probe.paired_interval(20, 20, 1000)
+    assert low == pytest.approx(-high)
+    assert high < 1.3  # two independent accuracies of 80 % would be 3.5 points apart by chance

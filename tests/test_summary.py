@@ -43,3 +43,13 @@ def test_it_says_where_the_report_lies(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "reports/index.html" in out
     assert "not there" in out  # the encoder
+
+
+def test_the_table_has_a_column_an_encoder():
+    lines = summary.columns({"challenger": {"a_top1": 50.0, "a_top1_low": 40.0, "a_top1_high": 60.0}, "v1": {"b": 1.5}})
+    assert lines.splitlines() == [
+        "| | challenger | v1 |",
+        "|---|---|---|",
+        "| a_top1 | 50 (40.0 to 60.0) |  |",
+        "| b |  | 1.5 |",
+    ]

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from barlow import __version__, files
-from barlow.errors import DataError, Interrupted, UserError
+from barlow.errors import DataError, Interrupted, Refused, UserError
 
 STAGES = {
     "ingest": "find and decode every image of data.source: data/manifest.parquet",
@@ -37,6 +37,12 @@ def parser() -> argparse.ArgumentParser:
 
     command("scan", "note in data/source.json which files data.source has, so that DVC sees added images")
     command("summary", "print the headline figures of the last run")
+    promote = command("promote", "put models/encoder.onnx into production, if it is not worse than what is there")
+    promote.add_argument("--check", action="store_true", help="only look whether a promotion could work")
+    rollback = command("rollback", "put an earlier version back into production")
+    rollback.add_argument("version", nargs="?", metavar="VERSION", help="default: the one before")
+    drift = command("drift", "compare recent images with those that the encoder in production was trained on")
+    drift.add_argument("recent", nargs="?", metavar="FOLDER|PARQUET", help="default: drift.recent of params.yaml")
     preset = command("preset", "merge presets/NAME.yaml into params.yaml and print what changed")
     preset.add_argument("name", metavar="NAME")
     embed = command("embed", "embed images with an exported encoder")
@@ -56,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     command = arguments.pop("command")
     try:
         dispatch(command, arguments)
-    except (UserError, DataError, Interrupted) as error:
+    except (UserError, DataError, Interrupted, Refused) as error:
         print(f"barlow {command}: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
@@ -73,7 +79,7 @@ def dispatch(command: str, arguments: dict[str, Any]) -> None:
     # Threads that wait for others sleep and do not spin. Spinning gains little on an idle machine and costs most of the
     # speed on a busy one. OpenMP reads this when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if command in STAGES or command == "scan":
+    if command in STAGES or command in ("scan", "promote", "rollback", "drift"):
         from barlow import params  # here, since the serving image has no YAML reader
 
         settings = params.load()

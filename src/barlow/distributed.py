@@ -159,15 +159,6 @@ def require_equal(value: int, what: str, device: torch.device, group: Group = No
         )
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Return every process's `value` (small, trusted), in rank order."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def any_process(*flags: bool) -> list[bool]:
     """Return for each flag whether it is set on any process; waits for the processes, not for their GPUs."""
     if world_size() == 1:

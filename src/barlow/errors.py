@@ -13,7 +13,13 @@ class DataError(Exception):
     exit_code = 3
 
 
+class Refused(Exception):
+    """The gate does not let an encoder into production; the message has what failed, with figure and bound."""
+
+    exit_code = 4
+
+
 class Interrupted(Exception):
-    """Stopped by a signal after a checkpoint was written; the same command run again continues."""
+    """Stopped by a signal after a checkpoint was written, or in the way of another process; run again to go on."""
 
     exit_code = 75

@@ -76,15 +76,13 @@ def score(splits: dict[str, Split], classes: int, p: Evaluate) -> Scores:
     if not all(len(split.keys) for split in splits.values()):
         return Scores({}, {}, torch.zeros(0, dtype=torch.long))
     train, val, test = ((split.features, split.labels) for split in splits.values())
-    weight, bias, l2 = probe.choose_linear(train, val, classes, p.probe_l2)
-    predictions = (test[0] @ weight.T + bias).argmax(1)
-    neighbours = probe.knn(test[0], *train, classes, p.knn_k, p.knn_temperature).argmax(1)
-    metrics = {"linear_l2": l2}
-    for name, predicted in {"linear": predictions, "knn": neighbours}.items():
-        top1 = probe.accuracy(predicted, test[1])
-        low, high = probe.wilson_interval(top1, len(predicted))
+    predicted = probe.predict(train, val, test[0], classes, p.probe_l2, p.knn_k, p.knn_temperature)
+    metrics = {"linear_l2": predicted.l2}
+    for name, predictions in {"linear": predicted.linear, "knn": predicted.knn}.items():
+        top1 = probe.accuracy(predictions, test[1])
+        low, high = probe.wilson_interval(top1, len(predictions))
         metrics |= {f"{name}_top1": top1, f"{name}_top1_low": low, f"{name}_top1_high": high}
-    return Scores(metrics, {"weight": weight, "bias": bias}, predictions)
+    return Scores(metrics, {"weight": predicted.weight, "bias": predicted.bias}, predicted.linear)
 
 
 def health(encoder: model.FrozenEncoder, views: Views, seed: int, device: torch.device) -> dict[str, float]:

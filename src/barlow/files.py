@@ -20,6 +20,8 @@ ENCODER = Path("models/encoder.safetensors")
 HEAD = Path("models/head.safetensors")
 CORRELATION = Path("models/correlation.safetensors")
 ONNX = Path("models/encoder.onnx")
+DECISION = Path("models/decision.json")  # the last of `barlow promote`
+DRIFT = Path("models/drift.json")
 REPORTS = Path("reports")
 CONFUSION = REPORTS / "confusion.csv"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import resnet
 
-from barlow import distributed, files, params
+from barlow import distributed, files, params, strict
 
 Network = TypeVar("Network", bound=nn.Module)
 LAYERS = {"resnet10": [1, 1, 1, 1], "resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
@@ -160,8 +160,8 @@ def load_metadata(path: Path) -> dict[str, Any]:
 def load_encoder(path: Path = files.ENCODER) -> tuple[FrozenEncoder, dict[str, Any]]:
     """Rebuild the frozen encoder from its weights alone; the metadata carries `model` and `views`."""
     tensors, metadata = load_weights(path)
-    model = params.build(params.Model, metadata["model"], str(path), "model")
-    views = params.build(params.Views, metadata["views"], str(path), "views")
+    model = strict.build(params.Model, metadata["model"], str(path), "model")
+    views = strict.build(params.Views, metadata["views"], str(path), "views")
     encoder = FrozenEncoder(model, views)
     encoder.backbone.load_state_dict(tensors)
     return encoder, metadata

@@ -1,34 +1,15 @@
-"""`params.yaml` as frozen dataclasses: no defaults, and one clear line for what is unknown, missing or impossible."""
+"""The schema of `params.yaml`, one frozen dataclass a section; `strict` builds it and words what is wrong."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
-
-import yaml
+from typing import Annotated, Literal
 
 from barlow.errors import UserError
+from barlow.strict import Range, build, read_yaml
 
 PARAMS = Path("params.yaml")
-
-
-@dataclass(frozen=True)
-class Range:
-    """Bounds of a number, both inclusive."""
-
-    low: float = float("-inf")
-    high: float = float("inf")
-
-    def __str__(self) -> str:
-        if self.high == float("inf"):
-            return f"at least {self.low:g}"
-        return f"from {self.low:g} to {self.high:g}"
 
 
 Count = Annotated[int, Range(0)]
@@ -175,6 +156,34 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Promote:
+    """`barlow promote`: the gate between an encoder and production."""
+
+    registry: str
+    margin: Annotated[float, Range(0, 100)]
+    min_effective_rank: NonNegative
+    min_std: Fraction
+    max_latency_ms: Above0
+    max_latency_ratio: Above0
+    max_bytes: Positive
+    allow_other_classes: bool
+    reference_images: Annotated[int, Range(10)]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """`barlow drift`: whether recent images are still like those of training."""
+
+    recent: str | None
+    seed: Count
+    max_images: Annotated[int, Range(10)]
+    min_images: Annotated[int, Range(10)]
+    max_auc: Annotated[float, Range(0.5, 1)]
+    max_p: Fraction
+    breaches: Positive
+
+
+@dataclass(frozen=True)
 class Params:
     """The whole of `params.yaml`."""
 
@@ -187,6 +196,8 @@ class Params:
     evaluate: Evaluate
     export: Export
     report: Report
+    promote: Promote
+    drift: Drift
 
 
 def load(path: Path | str = PARAMS) -> Params:
@@ -208,71 +219,3 @@ def load(path: Path | str = PARAMS) -> Params:
         total = params.data.val_fraction + params.data.test_fraction
         raise UserError(f"{path}: data.val_fraction + data.test_fraction is {total:g}; leave some images to train on")
     return params
-
-
-def read_yaml(path: Path | str) -> Any:
-    """Parse a YAML file; a missing or malformed one is a UserError that names it."""
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run from the project's root, where params.yaml lies") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def build(kind: Any, value: Any, file: str, key: str = "") -> Any:
-    """Check `value` against the annotation `kind` and return it as that type; `key` is its dotted name."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _build_section(kind, value, file, key)
-    if origin is Annotated:
-        number = build(arguments[0], value, file, key)
-        bounds = arguments[1]
-        _require(bounds.low <= number <= bounds.high, file, key, value, str(bounds))
-        return number
-    if origin is Literal:
-        close = difflib.get_close_matches(str(value), arguments, 1, 0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        _require(value in arguments, file, key, value, f"one of {', '.join(arguments)}{hint}")
-        return value
-    if origin is tuple:
-        count = None if arguments[-1] is Ellipsis else len(arguments)
-        wanted = f"a list of {count} values" if count else "a list of at least one value"
-        _require(isinstance(value, list) and len(value) == (count or max(len(value), 1)), file, key, value, wanted)
-        kinds = arguments if count else arguments[:1] * len(value)
-        return tuple(build(k, v, file, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin in (Union, types.UnionType):  # only `X | None`
-        return None if value is None else build(arguments[0], value, file, key)
-    checks: dict[Any, tuple[Callable[[Any], bool], str]] = {
-        int: (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
-        float: (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and v == v, "a number"),
-        bool: (lambda v: isinstance(v, bool), "true or false"),
-        str: (lambda v: isinstance(v, str) and v != "", "a text"),
-    }
-    check, wanted = checks[kind]
-    _require(check(value), file, key, value, wanted)
-    return kind(value)
-
-
-def _build_section(kind: Any, value: Any, file: str, key: str) -> Any:
-    prefix = f"{key}." if key else ""
-    _require(isinstance(value, dict), file, key or "the file", value, "a section of `key: value` lines")
-    hints = typing.get_type_hints(kind, include_extras=True)
-    for name in value:
-        if name not in hints:
-            close = difflib.get_close_matches(str(name), hints, 1, 0.0)[0]
-            raise UserError(
-                f"{file}: {prefix}{name}={value[name]!r} is not a known key; the nearest is {prefix}{close}"
-            )
-    for name in hints:
-        if name not in value:
-            raise UserError(f"{file}: {prefix}{name} is missing; {kind.__doc__} Its keys: {', '.join(hints)}")
-    return kind(**{name: build(hint, value[name], file, prefix + name) for name, hint in hints.items()})
-
-
-def _require(fine: bool, file: str, key: str, value: Any, wanted: str) -> None:
-    if not fine:
-        hint = ""
-        if wanted.startswith(("a number", "from", "at least")) and isinstance(value, str):
-            hint = " (YAML reads 1e-6 as a text: write 1.0e-6)"
-        raise UserError(f"{file}: {key}={value!r} is not allowed; it must be {wanted}{hint}")

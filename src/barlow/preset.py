@@ -8,7 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from barlow import files, params
+from barlow import files, params, strict
 from barlow.errors import UserError
 
 FOLDER = Path("presets")
@@ -29,7 +29,7 @@ def run(name: str) -> None:
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     document = yaml.load(params.PARAMS)
-    changes = list(merge(document, params.read_yaml(FOLDER / f"{name}.yaml"), ""))
+    changes = list(merge(document, strict.read_yaml(FOLDER / f"{name}.yaml"), ""))
     with files.replacing(params.PARAMS) as temporary:
         yaml.dump(document, temporary)
         params.load(temporary)

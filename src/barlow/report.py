@@ -69,7 +69,7 @@ def run(params: Params) -> None:
     page = {
         **stages,
         "params": params,
-        "params_yaml": yaml.safe_dump(json.loads(json.dumps(asdict(params))), sort_keys=False, allow_unicode=True),
+        "params_yaml": yaml.safe_dump(json.loads(json.dumps(settings(params))), sort_keys=False, allow_unicode=True),
         "triples": list(triples(params)),
         "curves": {name: charts.chart(curve(name), log=name != "lr") for name in CHARTED},
         "plot": charts.PLOT,
@@ -89,6 +89,11 @@ def run(params: Params) -> None:
     with files.replacing(summary.REPORT) as temporary:
         temporary.write_text(template().render(page), encoding="utf-8")
     print(f"{summary.REPORT}: {summary.REPORT.stat().st_size / 1024:.0f} KiB")
+
+
+def settings(params: Params) -> dict[str, Any]:
+    """Return the sections that the stages depend on; what is done with their encoder later changes no page."""
+    return {name: section for name, section in asdict(params).items() if name not in ("promote", "drift")}
 
 
 def template() -> Template:

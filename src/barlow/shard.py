@@ -1,7 +1,8 @@
 """`barlow shard`: pack the accepted images into WebDataset tars, each split shuffled once over all of its images.
 
-Reads data/accepted.parquet and the images. Writes data/shards/{pretrain,train,val,test}-NNNNNN.tar, an .idx beside
-each, and classes.json. `pretrain` holds whatever may be looked at without labels, so the images of train as well.
+Reads data/accepted.parquet and the images. Writes data/shards/{pretrain,train,val,test}-NNNNNN.tar, beside each an
+.idx and a .npy, and classes.json. `pretrain` holds whatever may be looked at without labels, so the images of train as
+well.
 """
 
 from __future__ import annotations

@@ -39,3 +39,15 @@ def table(metrics: Mapping[str, float]) -> str:
     for name in ("effective_rank", "alignment", "uniformity"):
         lines.append(f"{name.replace('_', ' '):<26}{metrics[name]:>22.2f}{metrics[f'random_{name}']:>22.2f}")
     return "\n".join(lines)
+
+
+def columns(figures: Mapping[str, Mapping[str, float]]) -> str:
+    """Return figures of several encoders, by name, as a Markdown table: a column an encoder, a row a figure."""
+    rows = [f"| | {' | '.join(figures)} |", f"|---|{'---|' * len(figures)}"]
+    for key in sorted({key for column in figures.values() for key in column if not key.endswith(("_low", "_high"))}):
+        cells = []
+        for column in figures.values():
+            interval = f" ({column[f'{key}_low']:.1f} to {column[f'{key}_high']:.1f})" if f"{key}_low" in column else ""
+            cells.append(f"{column[key]:.4g}{interval}" if key in column else "")
+        rows.append(f"| {key} | {' | '.join(cells)} |")
+    return "\n".join(rows)

@@ -1,0 +1,178 @@
+"""`barlow promote`: put models/encoder.onnx into production, if the gate lets it.
+
+Reads models/encoder.onnx, data/shards, data/features.safetensors, reports/{validation,pretrain,evaluate,export}.json
+and the registry. Writes models/decision.json and, in the registry, a new version, the link to it, and the log.
+
+promoted: every check holds, or there is no version yet and those that need none hold. unchanged: this very file is
+in production. refused (exit code 4): a check fails, a figure is missing or not a number, the list of classes changed,
+the version in production is damaged, or this encoder was rolled back before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from barlow import files, gate, summary, tags
+from barlow.encoder import Encoder
+from barlow.errors import Refused, UserError
+from barlow.gate import Check
+from barlow.params import Params
+from barlow.registry import Registry, Version, now
+
+METRICS = ("validation", "pretrain", "evaluate", "export")  # reports/NAME.json, which a version's card keeps
+
+
+def run(params: Params, check: bool = False) -> None:
+    """Decide and, if the gate says so, promote; `check` only looks whether that could work.
+
+    Raises:
+        UserError: there is no encoder, code or settings are not committed, or the registry cannot be written.
+        Refused: the gate does not let it through.
+        Interrupted: another process is promoting.
+    """
+    registry = Registry(params.promote.registry)
+    tags.require_clean()
+    if not check and not files.ONNX.is_file():
+        raise UserError(f"{files.ONNX} is missing; run `dvc repro`")
+    with registry.locked():
+        champion = registry.production()
+        if check:
+            print(f"{registry.folder}: {champion.name if champion else 'nothing'} is in production, and it can change")
+            return
+        decision = decide(params, registry, champion)
+        version = champion
+        if decision["decision"] == "promoted":
+            version = registry.find(decision["sha256"]) or _add(params, registry, decision)
+            registry.point(version)
+        decision["production"] = version.name if version else None
+        if version and decision["decision"] != "refused":
+            decision["tags"] = tags.tag(version)
+        registry.log(decision["decision"], decision)
+    files.write_json(files.DECISION, decision)
+    text = f"{decision['decision']}: {decision['reason']}"
+    if decision["decision"] == "refused":
+        raise Refused(f"{text}; in production is {decision['production'] or 'nothing'}")
+    print(f"{text}; in production is {decision['production']}")
+
+
+def decide(params: Params, registry: Registry, champion: Version | None) -> dict[str, Any]:
+    """Return the decision, with all that was measured for it; changes nothing."""
+    sha256 = files.sha256(files.ONNX)
+    decision: dict[str, Any] = {"time": now(), "sha256": sha256, "champion": champion.name if champion else None}
+    challenger = Encoder(files.ONNX)
+    decision |= {"space": challenger.metadata["space"], "gate": asdict(params.promote), "figures": {}, "checks": {}}
+
+    def outcome(name: str, reason: str) -> dict[str, Any]:
+        return {**decision, "decision": name, "reason": reason}
+
+    known = registry.find(sha256)
+    if known and known.name in registry.withdrawn():
+        text = f"this is {known.name}, which was rolled back on {registry.withdrawn()[known.name]}"
+        return outcome("refused", f"{text}; `barlow rollback {known.name}` puts it back")
+    if champion and (damage := champion.damage()):
+        return outcome("refused", f"{champion.name}, in production, is damaged: {damage}; `barlow rollback` first")
+    if champion and champion.card["sha256"] == sha256:
+        return outcome("unchanged", f"this very encoder is {champion.name}")
+    try:
+        _finite(metrics())
+        found = gate.read(challenger, params)
+        checks = [*gate.alone(found, files.ONNX.stat().st_size, params)]
+        decision["figures"] = {"challenger": found.figures()}
+        incumbent = None
+        if champion:
+            incumbent = Encoder(champion.onnx)
+            checks += _same_classes(challenger, incumbent, params.promote.allow_other_classes)
+            standing = gate.read(incumbent, params)
+            decision["figures"][champion.name] = standing.figures()
+            checks += gate.against(found, standing, params)
+        checks += gate.latency(challenger, incumbent, params)
+    except (gate.NotFiniteError, FileNotFoundError) as error:
+        return outcome("refused", str(error))
+    decision["checks"] = {c.name: {"passed": c.passed, "text": c.text} for c in checks}
+    if failed := [c for c in checks if not c.passed]:
+        return outcome("refused", "; ".join(f"{c.name}: {c.text}" for c in failed))
+    if champion is None:
+        return outcome("promoted", "the first version, and healthy")
+    labels = "" if found.right else " (no labels: accuracy was not compared)"
+    return outcome("promoted", f"not worse than {champion.name} in {len(checks)} checks{labels}")
+
+
+def metrics() -> dict[str, dict[str, Any]]:
+    """Return reports/NAME.json of the stages by NAME; raises FileNotFoundError."""
+    return {name: files.read_json(files.REPORTS / f"{name}.json") for name in METRICS}
+
+
+def _finite(stages: dict[str, dict[str, Any]]) -> None:
+    for stage, values in stages.items():
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise gate.NotFiniteError(f"{key} in {files.REPORTS / stage}.json is {value}")
+
+
+def _same_classes(challenger: Encoder, incumbent: Encoder, allowed: bool) -> list[Check]:
+    if challenger.classes == incumbent.classes:
+        return []
+    before, after = (", ".join(e.classes or ["none"]) for e in (incumbent, challenger))
+    return [Check("classes", allowed, f"{before} became {after}; promote.allow_other_classes={str(allowed).lower()}")]
+
+
+def _add(params: Params, registry: Registry, decision: dict[str, Any]) -> Version:
+    encoder = Encoder(files.ONNX)
+    card = {
+        **encoder.metadata,
+        "classes": encoder.classes,
+        "created": decision["time"],
+        "metrics": metrics(),
+        "replaces": decision["champion"],
+        "sha256": decision["sha256"],
+        "settings": json.loads(json.dumps(asdict(params))),
+    }
+    with files.replacing(Path("models/reference.npy")) as temporary, temporary.open("wb") as file:
+        np.save(file, gate.reference(encoder, params.promote.reference_images))
+    contents: dict[str, Path | str] = {
+        "encoder.onnx": files.ONNX,
+        "reference.npy": Path("models/reference.npy"),
+        "decision.json": json.dumps(decision, indent=2, sort_keys=True, allow_nan=False) + "\n",
+        "README.md": describe(card, decision),
+    }
+    return registry.add(contents, card)
+
+
+def describe(card: dict[str, Any], decision: dict[str, Any]) -> str:
+    """Return the model card for people, in Markdown."""
+    validation, export = card["metrics"]["validation"], card["metrics"]["export"]
+    checks = "\n".join(f"- {name}: {check['text']}" for name, check in decision["checks"].items())
+    classes = "It has no classifier." if card["classes"] is None else f"Its logits are of {', '.join(card['classes'])}."
+    return f"""---
+library_name: onnx
+pipeline_tag: image-feature-extraction
+tags: [barlow-twins, self-supervised]
+---
+# An image encoder, embedding space {card["space"]}
+
+Made on {card["created"]} by barlow {card["version"]}, git revision {card.get("git_revision", "unknown")}. Input
+`images` is uint8 [batch, height, width, 3] of any size; output `embedding` is float32 [batch, {card["dim"]}]. {classes}
+Embeddings of another space cannot be compared with these: embed again what you search in.
+
+## Data
+{validation["accepted"]:,} images, {validation["accepted_pretrain"]:,} of them without labels, and
+{validation["quarantined"]:,} in quarantine; data hash {card["data_hash"]}.
+
+## Measured
+{summary.columns(decision["figures"])}
+
+An image alone takes {export["latency_ms"]} ms where it was made. Top-1 in percent, with 95 % intervals. These figures
+are of the data above; on other images, or other classes, nothing is known.
+
+## Why it was promoted
+{decision["reason"]}
+{checks}
+
+To go back: `barlow rollback`. The file's SHA-256 is {card["sha256"]}.
+"""

@@ -1,0 +1,46 @@
+"""`barlow rollback [VERSION]`: put an earlier version back into production; needs nothing but the registry."""
+
+from __future__ import annotations
+
+from barlow import tags
+from barlow.errors import UserError
+from barlow.params import Params
+from barlow.registry import Registry, Version, now
+
+
+def run(params: Params, version: str | None = None) -> None:
+    """Put `version` into production or, with None, the one before; the one that is there is marked as withdrawn.
+
+    Raises:
+        UserError: there is no such version, or it is damaged.
+        Interrupted: another process is promoting.
+    """
+    registry = Registry(params.promote.registry)
+    with registry.locked():
+        try:
+            current = registry.production()
+        except UserError:  # it is gone, which may be why somebody calls this
+            if version is None:
+                raise
+            current = None
+        target = registry.version(version) if version else _before(registry, current)
+        if damage := target.damage():
+            raise UserError(f"{target.name} is damaged: {damage}; choose another of {registry.folder / 'versions'}")
+        if current == target:
+            print(f"{target.name} is in production already")
+            return
+        registry.withdraw(current, instead=target)
+        registry.point(target)
+        done = {"time": now(), "production": target.name, "withdrawn": current.name if current else None}
+        registry.log("rolled-back", done | {"tags": tags.tag(target)})
+    print(f"rolled back: {target.name} is in production, {done['withdrawn'] or 'what was there'} is withdrawn")
+
+
+def _before(registry: Registry, current: Version | None) -> Version:
+    if current is None:
+        raise UserError(f"nothing is in production in {registry.folder}; `barlow promote` puts a first version there")
+    if (earlier := registry.before(current)) is None:
+        raise UserError(
+            f"{registry.folder} has no intact version before {current.name}; name one: `barlow rollback v1`"
+        )
+    return earlier

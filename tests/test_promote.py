@@ -1,0 +1,262 @@
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from barlow import files, promote, rollback, shards
+from barlow.encoder import Encoder
+from barlow.errors import Interrupted, Refused, UserError
+from barlow.registry import Registry
+
+CLASSES = ["a", "b", "c", "d"]
+
+
+@pytest.fixture
+def held():
+    return Registry("models/registry")
+
+
+def production(held):
+    return held.production().name
+
+
+def decision():
+    return files.read_json(files.DECISION)
+
+
+def test_the_first_version_is_promoted_whole(encoders, held, capsys):
+    sha256 = encoders("edges")
+    promote.run(encoders.params)
+    assert "promoted: the first version, and healthy; in production is v1" in capsys.readouterr().out
+    version = held.production()
+    assert files.sha256(version.onnx) == version.card["sha256"] == sha256
+    assert version.card["space"] == "space of edges"
+    assert version.card["classes"] == CLASSES
+    assert version.card["replaces"] is None
+    assert version.card["metrics"]["evaluate"]["linear_top1"] == 50.0
+    assert version.card["settings"]["promote"]["margin"] == 10.0
+    assert files.read_json(version.path / "decision.json")["decision"] == "promoted"
+    card = (version.path / "README.md").read_text()
+    for text in ("space of edges", sha256, "290 images, 200", "linear_top1", "health: effective rank"):
+        assert text in card
+    vectors = np.load(version.reference)
+    assert vectors.shape == (200, 12)  # all there are
+    images = [promote.gate.images.decode(sample.data) for sample in shards.read(shards.tars("pretrain"))]
+    np.testing.assert_allclose(vectors, Encoder(version.onnx).embed(images), rtol=1e-5)
+
+
+def test_the_same_again_is_unchanged(encoders, held, capsys):
+    encoders("edges")
+    promote.run(encoders.params)
+    promote.run(encoders.params)
+    assert "unchanged: this very encoder is v1" in capsys.readouterr().out
+    assert [version.name for version in held.versions()] == ["v1"]
+    assert decision()["decision"] == "unchanged"
+
+
+def test_a_tie_is_promoted(encoders, held):
+    """Twice the embedding has the same neighbours and the same probe: no image is told apart by one of them alone."""
+    encoders("edges")
+    promote.run(encoders.params)
+    encoders("other")
+    promote.run(encoders.params)
+    assert production(held) == "v2"
+    checks = decision()["checks"]
+    assert checks["knn: difference to production"]["text"].startswith(
+        "+0.0 points (-4.5 to +4.5)"
+    )  # no discordant image of 60
+    assert held.production().card["replaces"] == "v1"
+    assert held.production().card["space"] != held.versions()[0].card["space"]
+
+
+def test_a_worse_one_is_refused(encoders, held):
+    encoders("edges")
+    promote.run(encoders.params)
+    encoders("noise")
+    with pytest.raises(Refused, match=r"knn: difference to production: -\d+\.\d points .*; in production is v1"):
+        promote.run(encoders.params)
+    assert production(held) == "v1"
+    assert decision()["decision"] == "refused"
+    assert decision()["checks"]["health: standard deviation"]["passed"]  # healthy, and worth nothing
+    figures = decision()["figures"]
+    assert figures["challenger"]["knn_top1"] < figures["v1"]["knn_top1"]
+
+
+def test_a_wide_margin_lets_it_through(encoders, held, change):
+    encoders("edges")
+    promote.run(encoders.params)
+    encoders("noise")
+    promote.run(change(encoders.params, "promote", margin=100.0))
+    assert production(held) == "v2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_effective_rank": 12.5}, r"health: effective rank: \S+, at least promote\.min_effective_rank=12\.5"),
+        ({"min_std": 0.99}, r"health: standard deviation: \S+, at least promote\.min_std=0\.99"),
+        ({"max_bytes": 100}, r"size: [\d,]+ bytes, at most promote\.max_bytes=100"),
+        ({"max_latency_ms": 1e-9}, r"latency: \S+ ms, at most promote\.max_latency_ms=1e-09"),
+    ],
+)
+def test_a_first_version_out_of_bounds_is_refused(encoders, held, change, settings, message):
+    encoders("edges")
+    with pytest.raises(Refused, match=message):
+        promote.run(change(encoders.params, "promote", **settings))
+    assert held.production() is None
+    assert held.versions() == []
+
+
+def test_one_that_is_much_slower_is_refused(encoders, held, change):
+    encoders("edges")
+    promote.run(encoders.params)
+    encoders("other")
+    with pytest.raises(Refused, match=r"latency: ratio: \S+ times production's \S+ ms, at most 1e-06"):
+        promote.run(change(encoders.params, "promote", max_latency_ratio=1e-6))
+
+
+def test_a_collapsed_one_is_refused(encoders, held):
+    encoders("constant")
+    with pytest.raises(Refused, match="health: effective rank"):
+        promote.run(encoders.params)
+
+
+def test_one_that_gives_nan_is_refused(encoders, held):
+    encoders("edges")
+    promote.run(encoders.params)
+    encoders("nan")
+    with pytest.raises(Refused, match="the embedding of image train0000 has a NaN or an infinity; in production is v1"):
+        promote.run(encoders.params)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.unlink(), r"No such file.*reports/evaluate\.json"),
+        (lambda path: path.write_text('{"knn_top1": NaN}'), r"knn_top1 in reports/evaluate\.json is nan"),
+    ],
+)
+def test_a_missing_metric_or_one_that_is_no_number(encoders, held, write, message):
+    encoders("edges")
+    write(files.REPORTS / "evaluate.json")
+    with pytest.raises(Refused, match=message):
+        promote.run(encoders.params)
+    assert held.versions() == []
+
+
+def test_features_of_another_encoder_fail_the_parity(encoders, held):
+    encoders("noise")
+    features = files.FEATURES.read_bytes()
+    encoders("edges")
+    files.FEATURES.write_bytes(features)
+    with pytest.raises(Refused, match=r"parity: smallest cosine to torch: \S+, at least export\.min_cosine=0\.9999"):
+        promote.run(encoders.params)
+
+
+def test_a_damaged_champion_stops_the_comparison(encoders, held):
+    encoders("edges")
+    promote.run(encoders.params)
+    onnx = held.production().onnx
+    onnx.chmod(0o644)
+    onnx.write_bytes(onnx.read_bytes()[:-1])
+    encoders("other")
+    with pytest.raises(Refused, match=r"v1, in production, is damaged: .* another SHA-256.*`barlow rollback` first"):
+        promote.run(encoders.params)
+
+
+def test_another_list_of_classes_is_for_people_to_allow(encoders, held, change):
+    encoders("edges")
+    promote.run(encoders.params)
+    encoders("other", classes=("a", "b", "c"))
+    with pytest.raises(Refused, match=r"classes: a, b, c, d became a, b, c; promote\.allow_other_classes=false"):
+        promote.run(encoders.params)
+    promote.run(change(encoders.params, "promote", allow_other_classes=True))
+    assert production(held) == "v2"
+
+
+def test_without_labels_accuracy_is_not_compared(encoders, held, tmp_path, small_shards):
+    folder = files.SHARDS
+    folder.unlink()
+    for split in ("pretrain", "train", "val", "test"):
+        samples = shards.read(shards.tars(split, small_shards))
+        shards.write(folder / f"{split}-000000.tar", (sample._replace(label=-1) for sample in samples))
+    files.write_json(folder / shards.CLASSES, [])
+    for name in ("edges", "other"):
+        encoders(name, classes=())
+        keys = [sample.key for sample in shards.read(shards.tars("test"))]
+        vectors = Encoder().embed(promote.gate.images.decode(s.data) for s in shards.read(shards.tars("test")))
+        tensors = {"features": promote.gate.torch.from_numpy(vectors)}
+        promote.gate.model.save_weights(files.FEATURES, tensors, {"keys": keys})
+        promote.run(encoders.params)
+    assert production(held) == "v2"
+    assert decision()["reason"].endswith("(no labels: accuracy was not compared)")
+    assert not any("difference" in name for name in decision()["checks"])
+
+
+def test_what_was_rolled_back_is_not_promoted_again(encoders, held):
+    encoders("edges")
+    promote.run(encoders.params)
+    encoders("other")
+    promote.run(encoders.params)
+    rollback.run(encoders.params)
+    with pytest.raises(Refused, match=r"this is v2, which was rolled back on 2.*`barlow rollback v2` puts it back"):
+        promote.run(encoders.params)
+    assert production(held) == "v1"
+    rollback.run(encoders.params, "v2")
+    promote.run(encoders.params)
+    assert decision()["decision"] == "unchanged"
+
+
+def test_a_version_that_a_killed_promotion_left_is_used(encoders, held, monkeypatch):
+    encoders("edges")
+    with monkeypatch.context() as killed:
+        killed.setattr(Registry, "point", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            promote.run(encoders.params)
+    assert held.production() is None
+    promote.run(encoders.params)
+    assert [version.name for version in held.versions()] == ["v1"]
+    assert production(held) == "v1"
+
+
+def test_two_at_once(encoders, held):
+    encoders("edges")
+    with held.locked(), pytest.raises(Interrupted, match="another process is promoting"):
+        promote.run(encoders.params)
+
+
+def test_there_is_no_encoder(project, smoke):
+    with pytest.raises(UserError, match=r"models/encoder\.onnx is missing; run `dvc repro`"):
+        promote.run(smoke)
+
+
+def test_check_looks_and_changes_nothing(encoders, held, capsys):
+    promote.run(encoders.params, check=True)
+    assert "nothing is in production" in capsys.readouterr().out
+    assert not files.DECISION.exists()
+
+
+def test_a_dirty_tree_is_refused_before_anything_else(encoders, held):
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    Path("params.yaml").write_text("a: 1\n")
+    for command in (["init", "--quiet"], ["add", "params.yaml"], ["commit", "--quiet", "--message", "a"]):
+        subprocess.run([*git, *command], check=True)
+    encoders("edges")
+    Path("params.yaml").write_text("a: 2\n")
+    for check in (True, False):
+        with pytest.raises(UserError, match=r"params\.yaml not committed, so nothing may be promoted"):
+            promote.run(encoders.params, check=check)
+    assert not held.folder.exists()
+
+
+def test_the_log_has_each_decision(encoders, held):
+    encoders("edges")
+    promote.run(encoders.params)
+    encoders("noise")
+    with pytest.raises(Refused):
+        promote.run(encoders.params)
+    entries = [json.loads(path.read_text()) for path in sorted(held.folder.glob("log/*.json"))]
+    assert [entry["decision"] for entry in entries] == ["promoted", "refused"]
+    assert [entry["production"] for entry in entries] == ["v1", "v1"]
