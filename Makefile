@@ -51,9 +51,15 @@ seeds: .venv/installed ## the headline figures for three seeds, on the shards of
 serve: .venv/installed ## serve models/encoder.onnx on http://127.0.0.1:8000
 	barlow serve
 
+PORT ?= 4200
+flows: export PREFECT_API_URL := http://127.0.0.1:$(PORT)/api
+flows: export PREFECT_HOME := $(CURDIR)/.prefect
+flows: .venv/installed ## server, worker and deployments on this machine, until Ctrl-C: http://127.0.0.1:4200 (PORT=)
+	bash flows/box.sh
+
 clean: ## remove the environment and what the stages wrote; no image folder of yours is touched
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache data/raw data/shards data/*.parquet data/.*.parquet \
 	  data/quarantine.csv data/*.safetensors models/*.onnx models/*.safetensors models/resume \
 	  reports/pretrain reports/data_docs reports/index.html reports/confusion.csv
 
-.PHONY: help system setup lock repro test check bench seeds serve clean
+.PHONY: help system setup lock repro test check bench seeds serve flows clean

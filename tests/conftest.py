@@ -197,9 +197,9 @@ def nasty(tmp_path):
 def encoders(project, smoke, change):
     """A project as `dvc repro` leaves it, with encoders made without torch.
 
-    `encoders(name, classes)` writes models/encoder.onnx and what belongs to it: "edges" embeds an image as the logarithms
-    of what 12 small filters find in it, "other" as twice that, "noise" as nothing that means anything, "constant" as 1s and
-    "nan" as NaN. `encoders.params` are the settings.
+    `encoders(name, classes)` writes models/encoder.onnx and what belongs to it: "edges" embeds an image as the
+    logarithms of what 12 small filters find in it, "other" as twice that, "noise" as nothing that means anything,
+    "constant" as 1s and "nan" as NaN. `encoders.params` are the settings.
     """
     import numpy as np
     import onnx

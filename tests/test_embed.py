@@ -116,7 +116,7 @@ def test_files_are_read_ahead_in_order_and_only_a_few(monkeypatch):
         return path
 
     monkeypatch.setattr(embed, "_read", slow_first)
-    ahead = embed._read_ahead((drawn.append(i) or str(i) for i in range(100)), threads=2)
+    ahead = embed.read_ahead((drawn.append(i) or str(i) for i in range(100)), threads=2)
     assert next(ahead) == ("0", "0")
     assert len(drawn) <= 6
     assert [path for path, _ in ahead] == [str(i) for i in range(1, 100)]

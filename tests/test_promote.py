@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from barlow import files, promote, rollback, shards
+from barlow import files, images, model, promote, rollback, shards
 from barlow.encoder import Encoder
 from barlow.errors import Interrupted, Refused, UserError
 from barlow.registry import Registry
@@ -43,8 +44,8 @@ def test_the_first_version_is_promoted_whole(encoders, held, capsys):
         assert text in card
     vectors = np.load(version.reference)
     assert vectors.shape == (200, 12)  # all there are
-    images = [promote.gate.images.decode(sample.data) for sample in shards.read(shards.tars("pretrain"))]
-    np.testing.assert_allclose(vectors, Encoder(version.onnx).embed(images), rtol=1e-5)
+    pictures = [images.decode(sample.data) for sample in shards.read(shards.tars("pretrain"))]
+    np.testing.assert_allclose(vectors, Encoder(version.onnx).embed(pictures), rtol=1e-5)
 
 
 def test_the_same_again_is_unchanged(encoders, held, capsys):
@@ -186,9 +187,9 @@ def test_without_labels_accuracy_is_not_compared(encoders, held, tmp_path, small
     for name in ("edges", "other"):
         encoders(name, classes=())
         keys = [sample.key for sample in shards.read(shards.tars("test"))]
-        vectors = Encoder().embed(promote.gate.images.decode(s.data) for s in shards.read(shards.tars("test")))
-        tensors = {"features": promote.gate.torch.from_numpy(vectors)}
-        promote.gate.model.save_weights(files.FEATURES, tensors, {"keys": keys})
+        vectors = Encoder().embed(images.decode(s.data) for s in shards.read(shards.tars("test")))
+        tensors = {"features": torch.from_numpy(vectors)}
+        model.save_weights(files.FEATURES, tensors, {"keys": keys})
         promote.run(encoders.params)
     assert production(held) == "v2"
     assert decision()["reason"].endswith("(no labels: accuracy was not compared)")

@@ -41,7 +41,7 @@ def embed_files(paths: Sequence[Path | str], out: Path | str, model: Path | str 
 
     def decoded() -> Iterator[Pixels]:
         nonlocal failed
-        for path, image in _read_ahead(_find(paths), threads=files.cpus()):
+        for path, image in read_ahead(find(paths), threads=files.cpus()):
             if isinstance(image, str):
                 failed += 1
                 print(f"barlow embed: {path}: {image}", file=sys.stderr)
@@ -66,7 +66,7 @@ def embed_files(paths: Sequence[Path | str], out: Path | str, model: Path | str 
     print(f"{out}: {written} embeddings of {encoder.dim} values" + (f", {failed} files skipped" if failed else ""))
 
 
-def _find(paths: Iterable[Path | str]) -> Iterator[str]:
+def find(paths: Iterable[Path | str]) -> Iterator[str]:
     """Yield files as they are named and, of a folder, in order, what has an image's suffix."""
     suffixes = Image.registered_extensions()
     for path in paths:
@@ -77,7 +77,7 @@ def _find(paths: Iterable[Path | str]) -> Iterator[str]:
             yield from (f"{folder}/{name}" for name in sorted(names) if Path(name).suffix.lower() in suffixes)
 
 
-def _read_ahead(paths: Iterable[str], threads: int) -> Iterator[tuple[str, Pixels | str]]:
+def read_ahead(paths: Iterable[str], threads: int) -> Iterator[tuple[str, Pixels | str]]:
     """Yield (path, pixels, or why there are none) in order, decoded by threads a few files ahead of the caller."""
     pending: deque[tuple[str, Future[Pixels | str]]] = deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from barlow import files, images, model, probe, shards
 from barlow.encoder import Encoder, Vectors
+from barlow.errors import Refused
 from barlow.features import CHUNK, Split, labelled
 from barlow.params import Params
 
@@ -54,15 +55,11 @@ class Read:
         return found
 
 
-class NotFiniteError(ValueError):
-    """An embedding has a NaN or an infinity."""
-
-
 def read(encoder: Encoder, params: Params) -> Read:
     """Embed the splits and, where train, val and test all have labels, learn from train and predict test.
 
     Raises:
-        NotFiniteError: an embedding is not finite; the message names the image.
+        Refused: an embedding is not finite; the message names the image.
     """
     p, classes = params.evaluate, len(shards.classes())
     train, val = (embed(encoder, labelled(name)) for name in ("train", "val"))
@@ -78,14 +75,14 @@ def read(encoder: Encoder, params: Params) -> Read:
 
 
 def embed(encoder: Encoder, samples: Iterator[shards.Sample]) -> Split:
-    """Decode and embed images, some at a time; raises NotFiniteError as `read` does."""
+    """Decode and embed images, some at a time; raises Refused as `read` does."""
     parts, labels, keys = [torch.zeros(0, encoder.dim)], list[int](), list[str]()
     with ThreadPoolExecutor(files.cpus()) as pool:
         while chunk := list(islice(samples, CHUNK)):
             vectors = torch.from_numpy(encoder.embed(pool.map(lambda sample: images.decode(sample.data), chunk)))
             for sample, finite in zip(chunk, vectors.isfinite().all(1).tolist(), strict=True):
                 if not finite:
-                    raise NotFiniteError(f"the embedding of image {sample.key} has a NaN or an infinity")
+                    raise Refused(f"the embedding of image {sample.key} has a NaN or an infinity")
             parts.append(vectors)
             labels += [sample.label for sample in chunk]
             keys += [sample.key for sample in chunk]
@@ -131,6 +128,14 @@ def against(challenger: Read, champion: Read, params: Params) -> Iterator[Check]
             f"{difference:+.1f} points ({low:+.1f} to {high:+.1f}), the lower end at least -promote.margin={-margin:g}"
         )
         yield Check(f"{name}: difference to production", low >= -margin, text)
+
+
+def same_classes(challenger: Encoder, champion: Encoder, allowed: bool) -> Iterator[Check]:
+    """Yield a check where the lists of classes, which the logits are of, are not the same."""
+    if challenger.classes != champion.classes:
+        before, after = (", ".join(encoder.classes or ["none"]) for encoder in (champion, challenger))
+        setting = f"promote.allow_other_classes={str(allowed).lower()}"
+        yield Check("classes", allowed, f"{before} became {after}; {setting}")
 
 
 def latency(challenger: Encoder, champion: Encoder | None, params: Params) -> Iterator[Check]:

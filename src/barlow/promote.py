@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from barlow import files, gate, summary, tags
+from barlow import files, summary, tags
 from barlow.encoder import Encoder
 from barlow.errors import Refused, UserError
-from barlow.gate import Check
 from barlow.params import Params
 from barlow.registry import Registry, Version, now
 
@@ -63,6 +62,8 @@ def run(params: Params, check: bool = False) -> None:
 
 def decide(params: Params, registry: Registry, champion: Version | None) -> dict[str, Any]:
     """Return the decision, with all that was measured for it; changes nothing."""
+    from barlow import gate  # torch takes seconds, which `check` need not wait for
+
     sha256 = files.sha256(files.ONNX)
     decision: dict[str, Any] = {"time": now(), "sha256": sha256, "champion": champion.name if champion else None}
     challenger = Encoder(files.ONNX)
@@ -87,12 +88,12 @@ def decide(params: Params, registry: Registry, champion: Version | None) -> dict
         incumbent = None
         if champion:
             incumbent = Encoder(champion.onnx)
-            checks += _same_classes(challenger, incumbent, params.promote.allow_other_classes)
+            checks += gate.same_classes(challenger, incumbent, params.promote.allow_other_classes)
             standing = gate.read(incumbent, params)
             decision["figures"][champion.name] = standing.figures()
             checks += gate.against(found, standing, params)
         checks += gate.latency(challenger, incumbent, params)
-    except (gate.NotFiniteError, FileNotFoundError) as error:
+    except (Refused, FileNotFoundError) as error:
         return outcome("refused", str(error))
     decision["checks"] = {c.name: {"passed": c.passed, "text": c.text} for c in checks}
     if failed := [c for c in checks if not c.passed]:
@@ -112,17 +113,12 @@ def _finite(stages: dict[str, dict[str, Any]]) -> None:
     for stage, values in stages.items():
         for key, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise gate.NotFiniteError(f"{key} in {files.REPORTS / stage}.json is {value}")
-
-
-def _same_classes(challenger: Encoder, incumbent: Encoder, allowed: bool) -> list[Check]:
-    if challenger.classes == incumbent.classes:
-        return []
-    before, after = (", ".join(e.classes or ["none"]) for e in (incumbent, challenger))
-    return [Check("classes", allowed, f"{before} became {after}; promote.allow_other_classes={str(allowed).lower()}")]
+                raise Refused(f"{key} in {files.REPORTS / stage}.json is {value}")
 
 
 def _add(params: Params, registry: Registry, decision: dict[str, Any]) -> Version:
+    from barlow import gate
+
     encoder = Encoder(files.ONNX)
     card = {
         **encoder.metadata,

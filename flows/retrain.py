@@ -1,0 +1,147 @@
+"""The flow `retrain`: pull, one task a DVC stage, promote, push. DVC decides what is stale, the gate what is good.
+
+Everything that is computed is computed by the commands that a person would type; this adds time, retries, observation
+and what to say afterwards. Ends as Promoted, Unchanged or Refused (all three completed), Failed with the reason as its
+message, or Cancelled where another run works in the same folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.events import emit_event
+from prefect.states import Cancelled, Completed, Failed
+from prefect.tasks import exponential_backoff
+
+from flows import pages
+from flows.process import StepFailed, require, run
+
+REFUSED = 4  # exit code of `barlow promote`
+
+
+class Busy(Exception):
+    """Another run works in this folder."""
+
+
+def may_pass(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
+    """Say whether another try is worth it: not for wrong settings or failed data."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, StepFailed) and error.passes
+
+
+@task(persist_result=False, task_run_name="{name}")
+def step(
+    name: str, command: list[str], minutes: float, remote: bool = False, fine: tuple[int, ...] = (0,)
+) -> dict[str, Any]:
+    """Run one command; return what it said and how long it took."""
+    log: Any = get_run_logger()
+    ended = run(command, 60 * minutes, log.info)
+    if ended.code not in fine:
+        require(ended, name, 60 * minutes, remote)
+    return {"name": name, "seconds": round(ended.seconds, 1), "lines": ended.lines, "code": ended.code}
+
+
+@flow(name="retrain", persist_result=False, validate_parameters=True)
+def retrain(
+    minutes: dict[str, float] | None = None, retries: int = 3, retry_seconds: float = 30, push: bool = True
+) -> State[Any]:
+    """Bring the pipeline up to date, and production if the gate agrees.
+
+    Args:
+        minutes: deadlines of steps by name, in minutes; `default` is for those that are not named.
+        retries: further tries of a step whose failure can pass: locks, remote storage, interruption, a killed child.
+        retry_seconds: before the first of them; doubled each time, with jitter.
+        push: push data and models to the DVC remote, where there is one.
+    """
+    minutes = {"default": 120.0, "pretrain": 2880.0} | (minutes or {})
+
+    def do(name: str, *command: str, **options: Any) -> dict[str, Any]:
+        one = step.with_options(
+            name=name,
+            retries=retries,
+            retry_delay_seconds=exponential_backoff(retry_seconds),
+            retry_jitter_factor=0.5,
+            retry_condition_fn=may_pass,
+        )
+        done: dict[str, Any] = one(name, list(command), minutes.get(name, minutes["default"]), **options)
+        return done
+
+    rows: list[dict[str, Any]] = []
+    decision: dict[str, Any] | None = None
+    try:
+        with alone():
+            try:
+                do("check", "barlow", "promote", "--check")  # before hours of work: could it be promoted at all?
+                remote = has_remote()
+                if remote:
+                    do("pull", "dvc", "pull", "--allow-missing", remote=True)
+                do("scan", "barlow", "scan")
+                for stage in yaml.safe_load(Path("dvc.yaml").read_text())["stages"]:
+                    rows.append(pages.row(do(stage, "dvc", "repro", "--single-item", stage)))
+                do("promote", "barlow", "promote", fine=(0, REFUSED))
+                decision = json.loads(Path("models/decision.json").read_text())
+                announce(decision)
+                if remote and push:
+                    do("push", "dvc", "push", remote=True)
+            finally:
+                publish(rows, decision)
+    except Busy as error:
+        return Cancelled(message=str(error))
+    except StepFailed as error:
+        held = f"{decision['production']} is in production, but: " if decision else ""
+        return Failed(message=f"{held}{error}")
+    return Completed(name=decision["decision"].capitalize(), message=decision["reason"])
+
+
+def has_remote() -> bool:
+    """Say whether a DVC remote is set up, here or in the project."""
+    texts = [path.read_text() for path in (Path(".dvc/config"), Path(".dvc/config.local")) if path.exists()]
+    return any(re.search(r"^\s*remote\s*=", text, re.MULTILINE) for text in texts)
+
+
+@contextmanager
+def alone(project: Path = Path()) -> Iterator[None]:
+    """Hold the project's folder; the lock goes with the process, however it ends.
+
+    Raises:
+        Busy: another run has it.
+    """
+    with (project / ".dvc/tmp/retrain.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Busy(f"another run of retrain works in {project.resolve()}; nothing was done") from None
+        yield
+
+
+def publish(rows: list[dict[str, Any]], decision: dict[str, Any] | None) -> None:
+    """Put what happened on the run's page."""
+    create_table_artifact(key="stages", table=rows, description="what DVC ran, and what it found up to date")
+    for key, text in {
+        "validation": pages.validation(),
+        "decision": pages.decision(decision),
+        "report": pages.report(),
+    }.items():
+        if text:
+            create_markdown_artifact(key=key, markdown=text)
+
+
+def announce(decision: dict[str, Any]) -> None:
+    """Emit an event for automations: notifications, deployments elsewhere."""
+    resource = {"prefect.resource.id": f"barlow.encoder.{decision['space']}", "prefect.resource.name": "encoder"}
+    payload = {key: decision[key] for key in ("production", "champion", "reason", "space", "sha256")}
+    emit_event(f"encoder.{decision['decision']}", resource=resource, payload=payload)
+
+
+if __name__ == "__main__":
+    retrain()

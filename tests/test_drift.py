@@ -1,0 +1,362 @@
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from barlow import drift, embed
+from barlow.encoder import Encoder
+from barlow.errors import UserError
+from barlow.registry import Registry
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def normal(seed, n, dim, shift=0.0):
+    return np.random.default_rng(seed).standard_normal((n, dim)) + shift
+
+
+def slow_mmd2(x, y):
+    """Return eq. 3 of Gretton et al., term by term."""
+    pooled = [*x, *y]
+    sigma = np.median([np.linalg.norm(a - b) for a, b in itertools.combinations(pooled, 2)])
+
+    def k(a, b):
+        return np.exp(-(np.linalg.norm(a - b) ** 2) / (2 * sigma**2))
+
+    m, n = len(x), len(y)
+    xx = sum(k(x[i], x[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    yy = sum(k(y[i], y[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    return xx + yy - 2 / (m * n) * sum(k(a, b) for a in x for b in y)
+
+
+@pytest.mark.parametrize("decimals", [9, 1, 0])  # from no ties to many
+def test_auc_equals_scikit_learn(decimals):
+    x, y = normal(0, 70, 1)[:, 0].round(decimals), normal(1, 40, 1, 0.4)[:, 0].round(decimals)
+    assert drift.auc(x, y) == pytest.approx(roc_auc_score([0] * 70 + [1] * 40, [*x, *y]))
+
+
+def test_auc_interval_equals_scipy_s_bootstrap():
+    x, y = normal(0, 60, 1)[:, 0].round(1), normal(1, 40, 1, 0.6)[:, 0].round(1)
+    oracle = stats.bootstrap(
+        (x, y), lambda x, y: roc_auc_score([0] * 60 + [1] * 40, [*x, *y]), n_resamples=1500, vectorized=False,
+        method="percentile", rng=np.random.default_rng(5),
+    ).confidence_interval  # fmt: skip
+    assert drift.auc_interval(x, y, np.random.default_rng(0)) == pytest.approx((oracle.low, oracle.high), abs=0.01)
+
+
+def test_scores_of_one_distribution_tell_nothing_and_of_two_much():
+    aucs, covered = [], 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x, y = rng.standard_normal((50, 8)), rng.standard_normal((60, 8))
+        scores = drift.cross_fitted_scores(x, y, rng)
+        low, high = drift.auc_interval(*scores, rng)
+        aucs.append(drift.auc(*scores))
+        covered += low <= 0.5 <= high
+        assert drift.auc_interval(*drift.cross_fitted_scores(x, y + 1, rng), rng)[0] > 0.8
+    assert covered >= 15
+    assert np.mean(aucs) == pytest.approx(0.5, abs=0.03)
+
+
+def test_scores_are_ranks_in_folds_that_are_balanced():
+    x, y = drift.cross_fitted_scores(normal(0, 30, 3), normal(1, 43, 3, 9), np.random.default_rng(0))
+    wanted = (np.arange(12) + 0.5) / 12  # five folds of six and six
+    np.testing.assert_allclose(np.unique(x), wanted[:6])
+    np.testing.assert_allclose(np.unique(y), wanted[6:])
+    assert len(x) == len(y) == 30
+
+
+def test_equal_rows_of_a_fold_have_equal_scores():
+    kinds = normal(0, 3, 77)  # 77: rounding in a product of matrices depends on where a row stands
+    x, y = (kinds[np.random.default_rng(seed).integers(3, size=175)] for seed in (1, 2))
+    scores = drift.cross_fitted_scores(x, y, np.random.default_rng(0))
+    assert len(np.unique(scores)) <= 5 * 3
+
+
+def test_mmd2_equals_the_formula():
+    x, y = normal(0, 14, 3), normal(1, 9, 3, 0.3)
+    found = drift.mmd_test(x, y, 0, np.random.default_rng(0))
+    assert found == (pytest.approx(slow_mmd2(x, y), abs=1e-12), 1)
+
+
+def test_p_equals_that_of_all_permutations():
+    x, y = normal(0, 4, 2), normal(1, 5, 2, 0.7)
+    pooled, observed = np.concatenate([x, y]), slow_mmd2(x, y)
+    every = []
+    for chosen in itertools.combinations(range(9), 4):
+        rest = [i for i in range(9) if i not in chosen]
+        every.append(slow_mmd2(pooled[list(chosen)], pooled[rest]) >= observed - 1e-12)
+    _, p = drift.mmd_test(x, y, 20_000, np.random.default_rng(0))
+    assert 0.02 < np.mean(every) < 0.5
+    assert p == pytest.approx(np.mean(every), abs=0.01)
+
+
+def test_p_is_uniform_under_the_null_and_small_under_a_shift():
+    p = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        p.append(drift.mmd_test(rng.standard_normal((20, 4)), rng.standard_normal((30, 4)), 200, rng)[1])
+        assert seed >= 10 or drift.mmd_test(normal(seed, 20, 4), normal(seed + 99, 30, 4, 1), 200, rng)[1] < 0.01
+    assert stats.kstest(p, "uniform").pvalue > 0.05
+    assert np.mean(np.array(p) <= 0.05) <= 0.12
+
+
+def test_copies_of_one_image_are_no_drift():
+    rng = np.random.default_rng(0)
+    x = drift.unit(np.tile(rng.standard_normal(77, np.float32), (40, 1)))
+    assert drift.auc_interval(*drift.cross_fitted_scores(x, x[:30], rng), rng) == (0.5, 0.5)
+    assert drift.mmd_test(x, x[:30], 100, rng) == (pytest.approx(0, abs=1e-9), 1)
+
+
+def test_unit():
+    rows = np.array([[3, 4], [0, 0], [-1e-3, 0]], np.float32)
+    np.testing.assert_allclose(drift.unit(rows), [[0.6, 0.8], [0, 0], [-1, 0]], atol=1e-7)
+
+
+def pictures(folder, n, seed, darker=0):
+    """Write n plain orange pictures, each a little different."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for index in range(n):
+        colour = rng.normal((200, 150, 100), 8) - darker
+        Image.fromarray(np.tile(colour.astype(np.uint8), (4, 5, 1))).save(folder / f"{index:03}.png")
+    return str(folder)
+
+
+@pytest.fixture
+def promote(tmp_path, mean_onnx):
+    """`promote()` puts the next version into production, with its reference."""
+
+    def promote(reference=None):
+        onnx = mean_onnx(tmp_path / "encoder.onnx")
+        folder = pictures(tmp_path / "trained", 60, 0)
+        if reference is None:
+            reference = Encoder(onnx).embed(sorted(Path(folder).iterdir()))
+        np.save(tmp_path / "reference.npy", reference)
+        registry = Registry("registry")
+        with registry.locked():
+            version = registry.add({name: tmp_path / name for name in ("encoder.onnx", "reference.npy")}, {})
+            registry.point(version)
+        return version
+
+    return promote
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, smoke, change, promote):
+    """`check("folder", max_auc=0.6)` runs the command with its argument and settings, and returns the JSON."""
+    monkeypatch.chdir(tmp_path)
+    promote()
+
+    def check(argument=None, **values):
+        p = change(smoke, "promote", registry="registry")
+        wanted = {"recent": None, "seed": 0, "max_images": 100, "min_images": 20, "max_auc": 0.6, "max_p": 0.01}
+        drift.run(change(p, "drift", **wanted | {"breaches": 3} | values), argument)
+        return json.loads((tmp_path / "models/drift.json").read_text())
+
+    return check
+
+
+def test_images_like_those_of_training(check, tmp_path, capsys):
+    folder = pictures(tmp_path / "recent", 50, 1)
+    result = check(folder)
+    assert result["auc_low"] <= result["auc"] <= result["auc_high"]
+    assert result["auc_low"] < 0.6
+    assert result["mmd_p"] > 0.01
+    figures = {
+        name: result.pop(name) for name in ("auc", "auc_low", "auc_high", "mmd2", "mmd_p", "verdict", "evidence")
+    }
+    assert result == {
+        "version": "v1", "space": "mean", "recent": folder, "images": 50, "skipped": 0, "skipped_first": [],
+        "max_auc": 0.6, "breach": False, "breaches": 0, "drifted": False,
+    }  # fmt: skip
+    assert figures["verdict"].startswith("like what v1 was trained on: AUC 0.")
+    assert capsys.readouterr() == (f"{figures['verdict']} ({folder}: 50 images, 0 files skipped)\n", "")
+
+
+def test_the_same_result_twice(check, tmp_path):
+    folder = pictures(tmp_path / "recent", 30, 1)
+    first = check(folder, max_images=25)
+    assert check(folder, max_images=25) == first
+    assert check(folder, max_images=25, seed=1) != first
+
+
+def test_darker_images_are_drift_when_they_come_in_a_row(check, promote, tmp_path, capsys):
+    dark = [pictures(tmp_path / f"dark {i}", 40, 10 + i, darker=30) for i in range(7)]
+    like = pictures(tmp_path / "like", 40, 2)
+    few = pictures(tmp_path / "few", 5, 3, darker=30)
+
+    def row(*recents):
+        return [(r["breach"], r["breaches"], r["drifted"]) for r in map(check, recents)]
+
+    assert row(*dark[:2]) == [(True, 1, False), (True, 2, False)]
+    assert capsys.readouterr().out.splitlines()[1].startswith("breach: unlike what v1 was trained on, 2 in a row")
+    assert row(few) == [(False, 2, False)]
+    assert row(dark[1]) == [(True, 2, False)]  # the same images again say nothing new
+    assert row(*dark[2:4]) == [(True, 3, True), (True, 4, True)]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("drift: unlike what v1 was trained on, 4 in a row")
+    assert row(few, like, dark[4]) == [(False, 4, False), (False, 0, False), (True, 1, False)]
+    promote()
+    assert row(dark[5]) == [(True, 1, False)]
+    promote()
+    assert row(few) == [(False, 0, False)]
+
+
+@pytest.mark.parametrize("bounds", [{"max_auc": 1.0}, {"max_p": 0.0}])
+def test_a_breach_takes_both_tests(check, tmp_path, bounds):
+    dark = pictures(tmp_path / "dark", 40, 1, darker=30)
+    assert check(dark, **bounds)["breach"] is False
+
+
+def test_too_few_images(check, tmp_path, capsys):
+    result = check(pictures(tmp_path / "recent", 19, 1))
+    assert (result["verdict"], result["images"], result["auc"], result["mmd_p"]) == ("too few images", 19, None, None)
+    assert capsys.readouterr().out.startswith("too few images (")
+    assert check(pictures(tmp_path / "recent", 20, 1))["verdict"].startswith("like")
+    (tmp_path / "empty").mkdir()
+    assert check("empty")["verdict"] == "too few images"
+
+
+def test_files_that_are_no_images_are_skipped(check, tmp_path):
+    folder = tmp_path / "recent"
+    pictures(folder / "deep/er", 20, 1)
+    for name in "abcdef":
+        (folder / f"{name}.jpg").write_text("text")
+        os.utime(folder / f"{name}.jpg", ns=(0, 0))
+    (folder / "f.jpg").rename(folder / os.fsdecode(b"\xff.jpg"))
+    (folder / "notes.txt").write_text("text")
+    (folder / "gone.png").symlink_to("nothing")
+    os.mkfifo(folder / "pipe.png")
+    result = check(str(folder))
+    assert (result["images"], result["skipped"]) == (20, 6)
+    reason = "not an image in a known format"
+    assert result["skipped_first"] == [f"{folder}/{name}.jpg: {reason}" for name in ("\\xff", "e", "d", "c", "b")]
+
+
+def test_the_newest_images_are_looked_at(tmp_path):
+    pictures(tmp_path / "recent", 6, 1)
+    for name, time in {"000": 5, "001": 2, "002": 9, "003": 5, "004": 1, "005": 2}.items():
+        os.utime(tmp_path / f"recent/{name}.png", (time, time))
+    assert drift.newest(tmp_path, 4) == [f"{tmp_path}/recent/{name}.png" for name in ("002", "003", "000", "005")]
+
+
+def test_at_most_max_images(check, tmp_path):
+    folder = pictures(tmp_path / "recent", 40, 1)
+    embed.embed_files([folder], "recent.parquet", "encoder.onnx")
+    assert [check(recent, max_images=30)["images"] for recent in (folder, "recent.parquet")] == [30, 30]
+
+
+def test_embeddings_in_a_parquet_file(check, tmp_path):
+    for name, darker in {"like": 0, "dark": 30}.items():
+        embed.embed_files([pictures(tmp_path / name, 40, 1, darker)], f"{name}.parquet", "encoder.onnx")
+    assert check("dark.parquet")["breach"] is True
+    result = check(recent="like.parquet")
+    assert (result["breach"], result["recent"], result["images"]) == (False, "like.parquet", 40)
+
+
+def test_the_argument_comes_before_the_params(check, tmp_path):
+    result = check(pictures(tmp_path / "given", 20, 1), recent="elsewhere")
+    assert result["recent"].endswith("given")
+
+
+VECTORS = np.random.default_rng(0).random((30, 3), np.float32)
+
+
+def write_parquet(vectors, space="mean", name="embedding"):
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    parquet.write_table(pa.table({name: column}).replace_schema_metadata(space and {"space": space}), "r.parquet")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda: None, r"drift\.recent=r\.parquet is not there; name a folder"),
+        (
+            lambda: Path("r.parquet").touch(),
+            r"r\.parquet is no folder and no whole Parquet file \(.*; run `barlow",
+        ),
+        (
+            lambda: write_parquet(VECTORS, "other"),
+            r"r\.parquet: embedding space other, but v1 has mean; run `barlow em",
+        ),
+        (lambda: write_parquet(VECTORS, None), r"r\.parquet: embedding space unknown, but v1 has mean"),
+        (lambda: write_parquet(VECTORS[:, :2].copy()), r"r\.parquet: no column embedding with 3 float32 a row; run"),
+        (lambda: write_parquet(VECTORS.astype(float)), r"r\.parquet: no column embedding with 3 float32 a row; run"),
+        (lambda: write_parquet(VECTORS, name="x"), r"r\.parquet: no column embedding with 3 float32 a row; run"),
+        (
+            lambda: write_parquet(VECTORS / np.float32([1, 0, 1])),
+            r"r\.parquet: an embedding holds NaN or infinity; run",
+        ),
+    ],
+)
+def test_a_parquet_file_that_cannot_be_used(check, prepare, message):
+    with np.errstate(divide="ignore"):
+        prepare()
+    with pytest.raises(UserError, match=message) as error:
+        check("r.parquet")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (
+            VECTORS[:, :2],
+            r"v2/reference\.npy holds float32 of shape \(30, 2\), not at least 10 rows of 3 finite float32",
+        ),
+        (VECTORS[:9], r"holds float32 of shape \(9, 3\)"),
+        (VECTORS.astype(float), r"holds float64 of shape"),
+        (VECTORS * np.float32("nan"), r"3 finite float32; restore it, or promote another encoder"),
+    ],
+)
+def test_a_reference_that_cannot_be_used(check, promote, tmp_path, reference, message):
+    promote(reference)
+    with pytest.raises(UserError, match=message):
+        check(pictures(tmp_path / "recent", 20, 1))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text", b"PK\x03\x04", b"\x93NUMPY\x01\x00"])
+def test_a_reference_that_is_damaged(check, promote, tmp_path, content):
+    path = promote().reference
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"v2/reference\.npy cannot be read \(.*\); restore it"):
+        check(pictures(tmp_path / "recent", 20, 1))
+
+
+def test_settings_that_cannot_be(check, tmp_path):
+    with pytest.raises(UserError, match=r"drift\.recent=None names no images; set it, or write `barlow drift FOLDER"):
+        check()
+    with pytest.raises(UserError, match=r"drift\.max_images=15 is below drift\.min_images=20; raise it"):
+        check("recent", max_images=15)
+    (tmp_path / "registry/production").unlink()
+    with pytest.raises(UserError, match=r"promote\.registry=registry has nothing in production; run `barlow promote`"):
+        check("recent")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "7", '{"version": "v1"}', '{"version": "v1", "space": "mean", "breaches": 1.5}',
+                '{"version": "v1", "space": "mean", "breaches": -1}', b"\xff"],
+)  # fmt: skip
+def test_a_damaged_last_result_counts_as_none(check, tmp_path, capsys, content):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/drift.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert check(pictures(tmp_path / "dark", 40, 1, darker=30))["breaches"] == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: models/drift.json is none of `barlow drift` (")
+
+
+def test_the_last_result_of_another_embedding_space_is_not_counted_on(check, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/drift.json").write_text('{"version": "v1", "space": "other", "breaches": 2}')
+    assert check(pictures(tmp_path / "dark", 40, 1, darker=30))["breaches"] == 1
