@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 
 import psutil
@@ -26,27 +27,35 @@ def main(grace: float, command: list[str]) -> int:
     waking, wake = os.pipe()  # a signal wakes the loop as the end of standard input does
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: os.write(wake, b"."))
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    ended = os.pidfd_open(child.pid)
-    ready, _, _ = select.select([sys.stdin, waking, ended], [], [])
-    if ended not in ready:
-        end(psutil.Process().children(recursive=True), grace)
-    code = child.wait()
-    end(psutil.Process().children(recursive=True), grace)
-    return code if code >= 0 else 128 - code
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL).pid
+    select.select([sys.stdin, waking, os.pidfd_open(child)], [], [])
+    codes = reap()
+    if left := psutil.Process().children(recursive=True):
+        end(left, grace, codes)
+    return codes[child] if codes[child] >= 0 else 128 - codes[child]
 
 
-def end(processes: list[psutil.Process], grace: float) -> None:
-    """Send TERM to all and, to those that are still there after `grace` seconds and to their children, KILL."""
+def end(processes: list[psutil.Process], grace: float, codes: dict[int, int]) -> None:
+    """Send TERM to all and, to what is still there after `grace` seconds, KILL; add exit codes by process number."""
+    kill_at = time.monotonic() + grace
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    psutil.wait_procs(processes, grace)
-    while left := psutil.Process().children(recursive=True):  # psutil.wait_procs reaps those that are its own
-        for process in left:
+    while left := psutil.Process().children(recursive=True):
+        for process in left if time.monotonic() > kill_at else []:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, 1)
+        time.sleep(0.05)
+        codes |= reap()
+
+
+def reap() -> dict[int, int]:
+    """Return the exit codes of children that have ended, by number, and let the kernel forget them."""
+    codes = {}
+    with suppress(ChildProcessError):  # there are none at all
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
+    return codes
 
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ class Ended(NamedTuple):
     seconds: float
     late: bool  # it was ended at its deadline
 
+    @property
+    def killed(self) -> bool:
+        """Whether a signal ended it; DVC's own 255 is none."""
+        return 128 < self.code <= 128 + signal.NSIG
+
 
 class StepFailed(Exception):
     """A command failed; the message is its reason, as a person would want to read it."""
@@ -121,7 +126,7 @@ def require(ended: Ended, name: str, deadline: float, remote: bool = False) -> E
     if ended.code == 0:
         return ended
     text = "\n".join(ended.lines)
-    passes = bool(PASSES.search(text)) or ended.code > 128 or ended.code == 75 or (remote and "config" not in text)
+    passes = bool(PASSES.search(text)) or ended.killed or ended.code == 75 or (remote and "config" not in text)
     raise StepFailed(reason(ended, name), passes)
 
 
@@ -132,5 +137,5 @@ def reason(ended: Ended, name: str) -> str:
     if said:
         own = [line for line in ended.lines[said[-1] :] if not line.startswith("ERROR: ")]
         return "\n".join(own[:30])
-    how = f"killed by signal {ended.code - 128}" if ended.code > 128 else f"exit code {ended.code}"
+    how = f"killed by signal {ended.code - 128}" if ended.killed else f"exit code {ended.code}"
     return f"{name}: {how}: " + ("; ".join(errors) or "\n".join(ended.lines[-5:]) or "no output")

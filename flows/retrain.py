@@ -116,7 +116,9 @@ def alone(project: Path = Path()) -> Iterator[None]:
     Raises:
         Busy: another run has it.
     """
-    with (project / ".dvc/tmp/retrain.lock").open("w") as lock:
+    folder = project / ".dvc/tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "retrain.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
