@@ -29,11 +29,12 @@ repro: .venv/installed ## run the whole pipeline on data.source; what is up to d
 	barlow summary
 
 system: # what some tests need besides Python; they skip where this cannot install it
-	@command -v ip >/dev/null || [ "$$(id -u)" != 0 ] || (apt-get update -qq && apt-get install -qq -y iproute2) || true
+	@(command -v ip && ls /usr/lib/postgresql/*/bin/initdb) >/dev/null 2>&1 || [ "$$(id -u)" != 0 ] \
+	  || (apt-get update -qq && apt-get install -qq -y iproute2 postgresql >/dev/null) || true
 
 test: .venv/installed system ## check, then run every test
 	$(MAKE) --no-print-directory check
-	python -m pytest
+	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed ## format, lint and types; changes nothing
 	ruff format --check

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Server, worker and deployments on one machine, until Ctrl-C: what `make flows` runs, with PREFECT_API_URL set.
 set -euo pipefail
+set -m # else what runs in the background ignores SIGINT, by which a worker tells itself to stop
 server='' worker=''
 stop() { # the worker first: it has runs to end, and tells the server so
   trap - EXIT

@@ -23,7 +23,9 @@ POLL = 0.5  # seconds
 PASSES = re.compile(
     r"exited with (75|-\d+|13[0-9]|14[0-9])\b"  # interrupted after a checkpoint; killed
     r"|Unable to acquire lock|is busy, it is being blocked by|database is locked"
-    r"|another process is promoting",
+    r"|another process is promoting"
+    r"|Could not connect to the endpoint URL: |(?:Connect|Read) timeout on endpoint URL: |Connection was closed before"
+    r"|Response payload is not completed|\(reached max retries: \d+\)",  # remote storage
     re.IGNORECASE,
 )
 
@@ -56,7 +58,8 @@ def run(command: Sequence[str], deadline: float, log: Callable[[str], None]) -> 
     However this ends, by `deadline` (seconds), an exception or a signal, nothing of the command stays behind.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
+    attempts = {"AWS_MAX_ATTEMPTS": "2"}  # of one request to a bucket; with boto's 5 a dead network takes minutes
+    environment = attempts | os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
     guard = [sys.executable, str(Path(__file__).with_name("guard.py")), str(GRACE)]
     process = subprocess.Popen(
         [*guard, *command],
@@ -113,8 +116,8 @@ def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
                 yield ""
 
 
-def require(ended: Ended, name: str, deadline: float, remote: bool = False) -> Ended:
-    """Check that a command ended well; `remote` says that it talks to a DVC remote, whose trouble may pass.
+def require(ended: Ended, name: str, deadline: float) -> Ended:
+    """Check that a command ended well.
 
     Raises:
         StepFailed: it did not.
@@ -126,7 +129,7 @@ def require(ended: Ended, name: str, deadline: float, remote: bool = False) -> E
     if ended.code == 0:
         return ended
     text = "\n".join(ended.lines)
-    passes = bool(PASSES.search(text)) or ended.killed or ended.code == 75 or (remote and "config" not in text)
+    passes = bool(PASSES.search(text)) or ended.killed or ended.code == 75
     raise StepFailed(reason(ended, name), passes)
 
 

@@ -13,6 +13,11 @@ os.environ.update(DVC_NO_ANALYTICS="1", DO_NOT_TRACK="1", OMP_WAIT_POLICY="PASSI
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the file that takes longest and mostly waits, so that another process does the others meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_flows.py")
+
+
 @pytest.fixture(scope="session")
 def smoke():
     """The params of the `smoke` preset."""
@@ -108,6 +113,19 @@ def small_shards(tmp_path_factory, smoke):
         shards.write(folder / f"{split}-000000.tar", (sample(split, i) for i in range(count)))
     files.write_json(folder / shards.CLASSES, classes)
     return folder
+
+
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory):
+    """A clone of this project with the smoke preset in which every stage has run; no test may change it."""
+    from clones import clone, ran, run
+
+    from barlow.cli import STAGES
+
+    project = clone(tmp_path_factory.mktemp("reproduced") / "barlow")
+    run(project, "barlow", "scan")
+    assert ran(run(project, "dvc", "repro")) == list(STAGES)
+    return project
 
 
 @pytest.fixture

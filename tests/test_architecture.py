@@ -57,7 +57,7 @@ def test_parts_import_no_stage(module):
     assert not closure(module) & set(STAGES)
 
 
-@pytest.mark.parametrize("module", SERVING)
+@pytest.mark.parametrize("module", sorted(SERVING))
 def test_serving_needs_no_training_package(module):
     assert not NOT_SERVED & set().union(*(imports(name)[1] for name in closure(module)))
 

@@ -78,11 +78,11 @@ class Box:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.folder, self.project = folder, folder / "project"
-        self.api = httpx.Client(base_url=f"http://127.0.0.1:{self.port}/api", timeout=30)
+        self.url = f"http://127.0.0.1:{self.port}/api"
         self.environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PREFECT_HOME": str(folder / "home"),
-            "PREFECT_API_URL": str(self.api.base_url).rstrip("/"),
+            "PREFECT_API_URL": self.url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1",
             "PREFECT_SERVER_SERVICES_TRIGGERS_PG_NOTIFY_HEARTBEAT_INTERVAL_SECONDS": "1",
@@ -91,6 +91,16 @@ class Box:
             **database,
         }
         self.server = self.worker = None
+
+    def ask(self, method, path, json=None):
+        """Call the API as Prefect's own client does: again where the database is busy; return the answer."""
+
+        def answer():
+            given = httpx.request(method, self.url + path, json=json, timeout=30)
+            return None if given.status_code == 503 else given
+
+        given = until(answer).raise_for_status()
+        return given.json() if given.content else None
 
     def command(self, *command):
         done = subprocess.run(
@@ -112,7 +122,7 @@ class Box:
     def healthy(self):
         assert self.server.poll() is None, (self.folder / "server.log").read_text()
         try:
-            return self.api.get("/health").status_code == 200
+            return httpx.get(self.url + "/health").status_code == 200
         except httpx.TransportError:
             return False
 
@@ -128,20 +138,17 @@ class Box:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-        self.api.close()
 
     def deployment(self, name):
-        return self.api.get(f"/deployments/name/{name}").raise_for_status().json()
+        return self.ask("GET", f"/deployments/name/{name}")
 
     def run(self, name="retrain/retrain-nightly", **parameters):
         """Order a run and return its id."""
-        ordered = self.api.post(
-            f"/deployments/{self.deployment(name)['id']}/create_flow_run", json={"parameters": parameters}
-        )
-        return ordered.raise_for_status().json()["id"]
+        path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
+        return self.ask("POST", path, {"parameters": parameters})["id"]
 
     def state(self, run):
-        return self.api.get(f"/flow_runs/{run}").raise_for_status().json()["state"]
+        return self.ask("GET", f"/flow_runs/{run}")["state"]
 
     def ended(self, run, seconds=90):
         """Wait for a run's end and return its state."""
@@ -149,20 +156,24 @@ class Box:
 
     def runs(self, name):
         asked = {"deployments": {"name": {"any_": [name.partition("/")[2]]}}}
-        return self.api.post("/flow_runs/filter", json=asked).raise_for_status().json()
+        return self.ask("POST", "/flow_runs/filter", asked)
 
     def artifacts(self, run):
         asked = {"flow_runs": {"id": {"any_": [run]}}}
-        found = self.api.post("/artifacts/filter", json=asked).raise_for_status().json()
+        found = self.ask("POST", "/artifacts/filter", asked)
         return {artifact["key"]: artifact["data"] for artifact in found}
 
     def logs(self, run):
         asked = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC"}
-        return [log["message"] for log in self.api.post("/logs/filter", json=asked).raise_for_status().json()]
+        return [log["message"] for log in self.ask("POST", "/logs/filter", asked)]
 
     # The project.
 
     def reset(self, which="edges", hold=False):
+        """Begin anew, whatever a test before left."""
+        asked = {"flow_runs": {"state": {"type": {"not_any_": sorted(ENDED)}}}}
+        for run in self.ask("POST", "/flow_runs/filter", asked):
+            self.ask("POST", f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
         for name in ("out", "models", "control", "reports", "dvc.lock", ".dvc/cache", ".dvc/tmp"):
             path = self.project / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -323,7 +334,7 @@ def test_a_schedule_fires_and_a_second_run_is_cancelled(box):
     box.reset(hold=True)
     path = f"/deployments/{box.deployment('retrain/retrain-nightly')['id']}/schedules"
     before = {run["id"] for run in box.runs("retrain/retrain-nightly")}
-    (schedule,) = box.api.post(path, json=[{"active": True, "schedule": {"interval": 4}}]).raise_for_status().json()
+    (schedule,) = box.ask("POST", path, [{"active": True, "schedule": {"interval": 4}}])
     try:
         box.pretraining()
 
@@ -339,7 +350,7 @@ def test_a_schedule_fires_and_a_second_run_is_cancelled(box):
         assert on_drift["type"] == "CANCELLED"
         assert re.fullmatch("another run of retrain works in .*project; nothing was done", on_drift["message"])
     finally:
-        box.api.delete(f"{path}/{schedule['id']}").raise_for_status()
+        box.ask("DELETE", f"{path}/{schedule['id']}")
     box.release()
     assert box.ended(first["id"])["name"] == "Promoted"
     assert box.versions == ["v1"]
@@ -365,7 +376,7 @@ def test_a_cancelled_run_leaves_no_process(box):
     run = box.run()
     engine, started = box.flow()
     assert len(started) >= 3  # the guard, dvc and the stage
-    box.api.post(f"/flow_runs/{run}/set_state", json={"state": {"type": "CANCELLING"}}).raise_for_status()
+    box.ask("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     assert gone([engine, *started])
     assert box.ended(run)["type"] == "CANCELLED"
     assert box.versions == []
@@ -511,7 +522,9 @@ def test_drift_starts_one_run_and_then_cools_down(box, tmp_path):
         return box.ended(box.run("watch/watch-hourly", recent=str(folder)))
 
     def started():
-        return [run for run in box.runs("retrain/retrain-on-drift") if run["created_by"]["type"] == "AUTOMATION"]
+        return [
+            run for run in box.runs("retrain/retrain-on-drift") if (run["created_by"] or {}).get("type") == "AUTOMATION"
+        ]
 
     before = len(started())
     assert watch(0, 0, 40)["name"] == "Drift"

@@ -108,8 +108,12 @@ def test_what_a_command_leaves_behind_is_ended(family):
 
 
 def test_an_exception_ends_it(family):
+    said = []
+
     def log(line):
-        raise KeyboardInterrupt
+        said.append(line)
+        if len(said) == 2:  # of the child and of the parent
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         process.run(family("parent"), 60, log)

@@ -1,0 +1,86 @@
+"""The files for more than one machine: their form, and what slurm.sh does with stand-ins for SLURM's commands."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from clones import ran, run
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "flows/cluster"
+STAND_INS = {
+    "srun": 'echo "$@" > srun.txt; exit "${SRUN_CODE:-0}"',
+    "scontrol": 'if [ "$1" = show ]; then echo node-1; echo node-2; else echo "$@" > scontrol.txt; fi',
+    "prefect": 'echo "$@" > prefect.txt',
+}
+
+
+def test_compose_builds_a_stage_that_there_is_and_waits_for_what_it_needs():
+    services = yaml.safe_load((ROOT / "flows/compose.yaml").read_text())["services"]
+    for name, service in services.items():
+        assert ("image" in service) == (name == "database")
+        if "build" in service:
+            assert f"AS {service['build']['target']}\n" in (ROOT / "Dockerfile").read_text()
+            assert (ROOT / "flows" / service["build"]["context"] / "Dockerfile").exists()
+        assert set(service.get("depends_on", {})) <= set(services)
+    assert services["server"]["ports"] == ["127.0.0.1:4200:4200"]  # not to the world: it has no login
+
+
+def test_kubernetes_has_as_many_nodes_in_all_its_lines():
+    service, job = yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text())
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    script = pod["containers"][0]["command"][-1]
+    assert spec["completions"] == spec["parallelism"] == 4
+    assert f"--nnodes {spec['completions']} " in script
+    assert f"--nproc-per-node {pod['containers'][0]['resources']['limits']['nvidia.com/gpu']} " in script
+    assert f"{job['metadata']['name']}-0.{service['metadata']['name']}:" in script
+    assert pod["subdomain"] == service["metadata"]["name"]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.fixture
+def slurm(reproduced, tmp_path):
+    """`slurm(**environment)` runs the script in a project that is up to date; returns its code and the project."""
+    project = shutil.copytree(reproduced, tmp_path / "barlow", symlinks=True)
+    (project / "bin").mkdir()
+    for name, script in STAND_INS.items():
+        (project / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (project / "bin" / name).chmod(0o755)
+    path = os.pathsep.join([str(project / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_GPUS_ON_NODE": "8"}
+
+    def slurm(**environment):
+        done = subprocess.run(
+            ["bash", "flows/cluster/slurm.sh"], cwd=project, env=os.environ | job | {"PATH": path} | environment
+        )
+        return done.returncode, project
+
+    return slurm
+
+
+@pytest.mark.slow
+def test_slurm_pretrains_on_all_nodes_and_hands_over(slurm):
+    code, project = slurm(PREFECT_API_URL="http://server/api")
+    assert code == 0
+    assert (project / "srun.txt").read_text().split() == [
+        *("torchrun", "--nnodes", "2", "--nproc-per-node", "8", "--max-restarts", "3", "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", "node-1:29400", "--rdzv-id", "7", "-m", "barlow.cli", "pretrain"),
+    ]
+    assert (project / "prefect.txt").read_text() == "deployment run retrain/retrain-nightly\n"
+    assert not (project / "scontrol.txt").exists()
+    assert ran(run(project, "dvc", "repro")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpoints", "restarts", "again"), [(1, "0", True), (0, "0", False), (1, "20", False)])
+def test_slurm_queues_an_interrupted_job_again(slurm, tmp_path, checkpoints, restarts, again):
+    for i in range(checkpoints):
+        (tmp_path / f"barlow/models/resume/{i}.ckpt").touch()
+    code, project = slurm(SRUN_CODE="1", SLURM_RESTART_COUNT=restarts)
+    assert code == 1
+    assert (project / "scontrol.txt").exists() is again
+    assert not (project / "prefect.txt").exists()
