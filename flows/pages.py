@@ -56,7 +56,7 @@ def decision(found: dict[str, Any] | None) -> str | None:
         f"- {'ok' if c['passed'] else '**failed**'} {name}: {c['text']}" for name, c in found["checks"].items()
     ]
     if found.get("tags"):
-        lines += ["", found["tags"]]
+        lines += ["", f"`{found['tags']}`"]
     return "\n".join(lines)
 
 
