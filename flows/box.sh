@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Server, worker and deployments on one machine, until Ctrl-C: what `make flows` runs, with PREFECT_API_URL set.
 set -euo pipefail
-set -m # else what runs in the background ignores SIGINT, by which a worker tells itself to stop
 server='' worker=''
 stop() { # the worker first: it has runs to end, and tells the server so
   trap - EXIT
@@ -28,6 +27,7 @@ prefect work-pool create local --type process --overwrite
 prefect --no-prompt deploy --all
 python -m flows.automations
 echo "page: http://127.0.0.1:$port  now: prefect deployment run retrain/retrain-nightly  (in another terminal, here)"
-prefect worker start --pool local --name box &
+# what runs in the background ignores SIGINT, by which a worker tells itself to stop
+env --default-signal=INT prefect worker start --pool local --name box &
 worker=$!
 wait -n
