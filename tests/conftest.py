@@ -10,6 +10,8 @@ from jaxtyping import install_import_hook
 install_import_hook(["barlow.loss", "barlow.probe"], "beartype.beartype")  # shapes in annotations are checked, in tests
 
 os.environ.update(DVC_NO_ANALYTICS="1", DO_NOT_TRACK="1", OMP_WAIT_POLICY="PASSIVE")  # the last as `cli` sets it
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is another process for the other core
 ROOT = Path(__file__).parent.parent
 
 
