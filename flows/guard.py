@@ -27,12 +27,13 @@ def main(grace: float, command: list[str]) -> int:
     waking, wake = os.pipe()  # a signal wakes the loop as the end of standard input does
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: os.write(wake, b"."))
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL).pid
-    select.select([sys.stdin, waking, os.pidfd_open(child)], [], [])
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # kept: when forgotten, it takes the exit code with it
+    select.select([sys.stdin, waking, os.pidfd_open(child.pid)], [], [])
     codes = reap()
     if left := psutil.Process().children(recursive=True):
         end(left, grace, codes)
-    return codes[child] if codes[child] >= 0 else 128 - codes[child]
+    child.returncode = codes[child.pid]
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 def end(processes: list[psutil.Process], grace: float, codes: dict[int, int]) -> None:

@@ -27,7 +27,7 @@ else:
 partial = pathlib.Path(sys.argv[2], sys.argv[1] + ".part")
 partial.write_text(str(os.getpid()))
 partial.rename(pathlib.Path(sys.argv[2], sys.argv[1]))
-print("started", flush=True)
+os.write(1, b"started\\n")  # a print is two writes, which those of two processes may mix
 signal.pause()
 """
 
