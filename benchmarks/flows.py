@@ -19,7 +19,7 @@ from pathlib import Path
 from rounds import hardware, seconds
 
 ROOT = Path(__file__).parent.parent
-ROUNDS = 5
+ROUNDS = 3
 PORT = 4299
 API = f"http://127.0.0.1:{PORT}/api"
 

@@ -67,7 +67,7 @@ def until(check, seconds=60):
     give_up = time.monotonic() + seconds
     while not (answer := check()):
         assert time.monotonic() < give_up, "waited in vain"
-        time.sleep(0.1)
+        time.sleep(0.3)
     return answer
 
 
@@ -356,7 +356,7 @@ def test_a_schedule_fires_and_a_second_run_is_cancelled(box):
     assert box.versions == ["v1"]
 
 
-@both
+@one
 def test_a_run_outlives_its_server(box):
     box.reset(hold=True)
     run = box.run()
@@ -467,6 +467,9 @@ def test_a_failure_names_its_reason_promotes_nothing_and_is_told(box):
         def log_message(self, *_):
             pass
 
+    def heard(text):  # the same may be told twice: the server promises at least once
+        return text in told.get(timeout=60)["text"] or heard(text)
+
     with ThreadingHTTPServer(("127.0.0.1", 0), Webhook) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         box.command("python", "-m", "flows.automations", f"http://127.0.0.1:{server.server_port}/")
@@ -476,15 +479,15 @@ def test_a_failure_names_its_reason_promotes_nothing_and_is_told(box):
             "barlow validate: the data failed validation:\ndecodable 0.10, at least 0.99\nphotos/bad.jpg: empty file"
         )
         assert (state["type"], state["message"]) == ("FAILED", reason)
-        assert "photos/bad.jpg: empty file" in told.get(timeout=60)["text"]
+        assert heard("photos/bad.jpg: empty file")
         (box.project / "which.txt").write_text("edges")
         state = box.ended(box.run())
         assert state["message"].endswith("which.txt not committed, so nothing may be promoted; commit or stash it")
-        assert "which.txt not committed" in told.get(timeout=60)["text"]
+        assert heard("which.txt not committed")
         assert box.versions == []
         box.which("edges")
         assert box.ended(box.run())["name"] == "Promoted"
-        assert told.get(timeout=60)["text"] == "encoder.promoted\nthe first version, and healthy"
+        assert heard("encoder.promoted\nthe first version, and healthy")
         server.shutdown()
 
 

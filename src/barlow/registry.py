@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +97,11 @@ class Registry:
 
     def find(self, sha256: str) -> Version | None:
         """Return the version with this very encoder.onnx, if there is one."""
-        return next((v for v in self.versions() if not v.damage() and v.card["sha256"] == sha256), None)
+        for version in reversed(self.versions()):
+            with suppress(OSError, ValueError, KeyError):  # a damaged card
+                if version.card["sha256"] == sha256 and not version.damage():
+                    return version
+        return None
 
     def before(self, version: Version) -> Version | None:
         """Return the nearest version that was in production before `version`, is intact and was not rolled back."""
