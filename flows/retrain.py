@@ -47,10 +47,10 @@ def step(name: str, command: list[str], minutes: float, fine: tuple[int, ...] = 
     ended = run(command, 60 * minutes, log.info)
     if ended.code not in fine:
         require(ended, name, 60 * minutes)
-    return {"name": name, "seconds": round(ended.seconds, 1), "lines": ended.lines, "code": ended.code}
+    return {"name": name, "seconds": round(ended.seconds, 1), "lines": ended.lines}
 
 
-@flow(name="retrain", persist_result=False, validate_parameters=True)
+@flow(name="retrain", persist_result=False)
 def retrain(
     minutes: dict[str, float] | None = None, retries: int = 3, retry_seconds: float = 30, push: bool = True
 ) -> State[Any]:
@@ -92,7 +92,8 @@ def retrain(
                     rows.append(pages.row(do(stage, "dvc", "repro", "--single-item", *pull, stage)))
                 do("promote", "barlow", "promote", fine=(0, REFUSED))
                 decision = json.loads(Path("models/decision.json").read_text())
-                announce(decision)
+                payload = {key: decision[key] for key in ("production", "champion", "reason", "space", "sha256")}
+                announce(f"encoder.{decision['decision']}", payload)
                 if remote and push:
                     do("push", "dvc", "push")
             finally:
@@ -118,19 +119,19 @@ def tracked_data() -> list[str]:
 
 
 @contextmanager
-def alone(project: Path = Path()) -> Iterator[None]:
-    """Hold the project's folder; the lock goes with the process, however it ends.
+def alone() -> Iterator[None]:
+    """Hold the folder, a project's; the lock goes with the process, however it ends.
 
     Raises:
         Busy: another run has it.
     """
-    folder = project / ".dvc/tmp"
+    folder = Path(".dvc/tmp")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "retrain.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Busy(f"another run of retrain works in {project.resolve()}; nothing was done") from None
+            raise Busy(f"another run of retrain works in {Path.cwd()}; nothing was done") from None
         yield
 
 
@@ -146,11 +147,10 @@ def publish(rows: list[dict[str, Any]], decision: dict[str, Any] | None) -> None
             create_markdown_artifact(key=key, markdown=text)
 
 
-def announce(decision: dict[str, Any]) -> None:
-    """Emit an event for automations: notifications, deployments elsewhere."""
-    resource = {"prefect.resource.id": f"barlow.encoder.{decision['space']}", "prefect.resource.name": "encoder"}
-    payload = {key: decision[key] for key in ("production", "champion", "reason", "space", "sha256")}
-    emit_event(f"encoder.{decision['decision']}", resource=resource, payload=payload)
+def announce(event: str, payload: dict[str, Any]) -> None:
+    """Emit an event about the encoder of `payload["space"]`, for automations: notifications, deployments."""
+    resource = {"prefect.resource.id": f"barlow.encoder.{payload['space']}", "prefect.resource.name": "encoder"}
+    emit_event(event, resource=resource, payload=payload)
 
 
 if __name__ == "__main__":

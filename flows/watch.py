@@ -9,11 +9,10 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
-from prefect.events import emit_event
 from prefect.states import Completed, Failed
 
 from flows.process import StepFailed
-from flows.retrain import step
+from flows.retrain import announce, step
 
 
 @flow(name="watch", persist_result=False)
@@ -32,8 +31,7 @@ def watch(recent: str | None = None, minutes: float = 30) -> State[Any]:
     shown = [{"figure": key, "value": found[key]} for key in sorted(found)]
     create_table_artifact(key="drift", table=shown, description=found["verdict"])
     if found["drifted"]:
-        resource = {"prefect.resource.id": f"barlow.encoder.{found['space']}", "prefect.resource.name": "encoder"}
-        emit_event("encoder.drift", resource=resource, payload=found)
+        announce("encoder.drift", found)
     return Completed(name="Drift" if found["drifted"] else "Completed", message=found["verdict"])
 
 

@@ -129,6 +129,10 @@ class Box:
     def start_worker(self):
         self.worker = self.start("prefect", "worker", "start", "--pool", "local", "--name", "box")
 
+    def kill(self, process):
+        process.kill()
+        process.wait()
+
     def stop(self):
         for process in (self.worker, self.server):
             if process and process.poll() is None:
@@ -136,8 +140,7 @@ class Box:
                 try:
                     process.wait(45)
                 except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+                    self.kill(process)
 
     def deployment(self, name):
         return self.ask("GET", f"/deployments/name/{name}")
@@ -361,8 +364,7 @@ def test_a_run_outlives_its_server(box):
     box.reset(hold=True)
     run = box.run()
     box.pretraining()
-    box.server.kill()
-    box.server.wait()
+    box.kill(box.server)
     box.release()
     until(lambda: (box.project / "out/pretrain").exists())
     box.start_server()
@@ -413,8 +415,7 @@ def test_a_killed_worker_does_not_end_its_run(box):
     box.reset(hold=True)
     run = box.run()
     box.pretraining()
-    box.worker.kill()
-    box.worker.wait()
+    box.kill(box.worker)
     box.release()
     try:
         assert box.ended(run)["name"] == "Promoted"

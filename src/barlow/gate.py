@@ -94,13 +94,14 @@ def spread(vectors: Tensor) -> float:
     return float(torch.nn.functional.normalize(vectors).std(0, correction=0).mean() * vectors.shape[1] ** 0.5)
 
 
-def alone(found: Read, size: int, params: Params) -> Iterator[Check]:
-    """Yield what an encoder must be, whatever is in production; `size` is its file's, in bytes."""
+def alone(test: Split, figures: dict[str, float], size: int, params: Params) -> Iterator[Check]:
+    """Yield what an encoder must be, whatever is in production; `figures` are `Read`'s, `size` is in bytes."""
     p = params.promote
-    rank, std = probe.effective_rank(found.val), spread(found.val)
-    yield _at_least("health: effective rank", rank, p.min_effective_rank, "promote.min_effective_rank")
-    yield _at_least("health: standard deviation", std, p.min_std, "promote.min_std")
-    yield parity(found.test, params.export.min_cosine)
+    yield _at_least(
+        "health: effective rank", figures["effective_rank"], p.min_effective_rank, "promote.min_effective_rank"
+    )
+    yield _at_least("health: standard deviation", figures["std"], p.min_std, "promote.min_std")
+    yield parity(test, params.export.min_cosine)
     yield Check("size", size <= p.max_bytes, f"{size:,} bytes, at most promote.max_bytes={p.max_bytes:,}")
 
 

@@ -10,6 +10,7 @@ the version in production is damaged, or this encoder was rolled back before.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import asdict
@@ -83,8 +84,9 @@ def decide(params: Params, registry: Registry, champion: Version | None) -> dict
     try:
         _finite(metrics())
         found = gate.read(challenger, params)
-        checks = [*gate.alone(found, files.ONNX.stat().st_size, params)]
-        decision["figures"] = {"challenger": found.figures()}
+        figures = found.figures()
+        decision["figures"] = {"challenger": figures}
+        checks = [*gate.alone(found.test, figures, files.ONNX.stat().st_size, params)]
         incumbent = None
         if champion:
             incumbent = Encoder(champion.onnx)
@@ -129,11 +131,11 @@ def _add(params: Params, registry: Registry, decision: dict[str, Any]) -> Versio
         "sha256": decision["sha256"],
         "settings": json.loads(json.dumps(asdict(params))),
     }
-    with files.replacing(Path("models/reference.npy")) as temporary, temporary.open("wb") as file:
-        np.save(file, gate.reference(encoder, params.promote.reference_images))
-    contents: dict[str, Path | str] = {
+    reference = io.BytesIO()
+    np.save(reference, gate.reference(encoder, params.promote.reference_images))
+    contents: dict[str, Path | bytes | str] = {
         "encoder.onnx": files.ONNX,
-        "reference.npy": Path("models/reference.npy"),
+        "reference.npy": reference.getvalue(),
         "decision.json": json.dumps(decision, indent=2, sort_keys=True, allow_nan=False) + "\n",
         "README.md": describe(card, decision),
     }
