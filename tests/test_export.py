@@ -19,6 +19,7 @@ from barlow.errors import UserError
 
 SIZES = [(30, 40), (24, 24), (30, 40), (50, 20), (24, 24), (9, 11), (30, 40), (64, 64), (24, 24), (30, 40)]
 CLASSES = ["brick", "dots", "wäve"]
+REDUCED = ("int8", "fp16")
 
 
 def sample(index, size):
@@ -56,14 +57,15 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def project(smoke, tmp_path_factory):
-    """A project with weights, a head and a val split, exported once."""
+    """A project with weights, a head and shards, exported once; any loss of accuracy is allowed."""
     home, folder = Path.cwd(), tmp_path_factory.mktemp("project")
     os.chdir(folder)
     try:
         write_weights(smoke)
-        samples = [sample(index, size) for index, size in enumerate(SIZES)]
-        shards.write(files.SHARDS / "val-000000.tar", samples)
-        export.run(smoke)
+        for number, split in enumerate(("val", "train", "test")):
+            samples = [sample(100 * number + index, size) for index, size in enumerate(SIZES)]
+            shards.write(files.SHARDS / f"{split}-000000.tar", samples)
+        export.run(dataclasses.replace(smoke, export=dataclasses.replace(smoke.export, max_accuracy_loss=100.0)))
     finally:
         os.chdir(home)
     return folder
@@ -147,6 +149,45 @@ def test_figures(inside, smoke):
     assert figures["parameters"] == resnet10 + 3 * 512 + 3
     assert figures["latency_ms"] > 0
     assert figures["images_per_second"] > 0
+    pixels = [images.decode(sample.data) for sample in shards.read(shards.tars("test"))]
+    labels = [sample.label for sample in shards.read(shards.tars("test"))]
+    for name, path in (("float32", files.ONNX), *((name, files.REDUCED / f"{name}.onnx") for name in REDUCED)):
+        right = [Encoder(path).classify([image])[0].argmax() for image in pixels] == np.array(labels)
+        assert figures[f"{name}_linear_top1"] == pytest.approx(100 * right.mean())
+    for name in REDUCED:
+        assert figures[f"{name}_written"] is True
+        assert figures[f"{name}_bytes"] == (files.REDUCED / f"{name}.onnx").stat().st_size < figures["bytes"]
+
+
+@pytest.mark.parametrize(("name", "least"), [("int8", 0.98), ("fp16", 0.99999)])
+def test_reduced_embeddings_are_close_to_torchs_and_a_space_of_their_own(inside, name, least):
+    reduced, full = Encoder(files.REDUCED / f"{name}.onnx"), Encoder()
+    assert reduced.metadata == full.metadata | {"precision": name, "space": f"{full.metadata['space']}-{name}"}
+    pixels = [images.decode(sample(index, size).data) for index, size in enumerate(SIZES)]
+    wanted = in_torch(pixels).astype(np.float64)
+    for batch_size in (1, 3, 64):
+        found = reduced.embed(pixels, batch_size)
+        cosines = (wanted * found).sum(1) / np.linalg.norm(wanted, axis=1) / np.linalg.norm(found, axis=1)
+        assert cosines.min() > least
+
+
+def test_every_convolution_of_int8_is_quantised(inside):
+    graph = onnx.load(files.REDUCED / "int8.onnx").graph
+    maker = {output: node for node in graph.node for output in node.output}
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 12  # of a ResNet-10: 1 + 4 x 2 + 3 shortcuts
+    for node in convolutions:
+        activation, weight = maker[node.input[0]], maker[node.input[1]]
+        assert activation.op_type == weight.op_type == "DequantizeLinear"
+        assert types[activation.input[2]] == onnx.TensorProto.UINT8
+        assert types[weight.input[0]] == onnx.TensorProto.INT8
+
+
+def test_triton_serves_what_was_exported(inside):
+    assert (files.TRITON / "encoder/1/model.onnx").read_bytes() == files.ONNX.read_bytes()
+    assert (files.TRITON / "encoder/classes.txt").read_text(encoding="utf-8").splitlines() == CLASSES
+    assert "dims: [ 512 ]" in (files.TRITON / "encoder/config.pbtxt").read_text()
 
 
 @pytest.mark.slow
@@ -171,7 +212,11 @@ def test_without_labels_there_is_no_head(smoke, tmp_path, monkeypatch, project):
     encoder = Encoder()
     assert encoder.classes is None
     assert encoder.classify([np.zeros((5, 5, 3), np.uint8)]) is None
-    assert files.read_json(files.REPORTS / "export.json")["predictions_equal"] is None
+    figures = files.read_json(files.REPORTS / "export.json")
+    assert figures["predictions_equal"] is None
+    assert (figures["int8_written"], figures["fp16_written"]) == (False, False)
+    assert not list(files.REDUCED.iterdir())
+    assert not (files.TRITON / "encoder/classes.txt").exists()
     wanted = Encoder(project / files.ONNX)
     assert encoder.metadata["space"] == wanted.metadata["space"]  # a head does not move the space
     picture = [images.decode(sample(0, (30, 40)).data)]
@@ -188,7 +233,10 @@ def test_without_labels_there_is_no_head(smoke, tmp_path, monkeypatch, project):
     ids=["weights", "NaN", "head"],
 )
 def test_disagreement_leaves_the_old_file(inside, smoke, monkeypatch, tensor, change, figure):
-    before, report = files.ONNX.read_bytes(), (files.REPORTS / "export.json").read_bytes()
+    before = {path: path.read_bytes() for path in inside.glob("[mr]*/**/*") if path.is_file()}
+    assert {files.ONNX, files.REDUCED / "int8.onnx", files.REPORTS / "export.json"} <= {
+        path.relative_to(inside) for path in before
+    }
 
     def broken(network, metadata, opset, path):
         proto = onnx.load(files.ONNX)
@@ -200,10 +248,7 @@ def test_disagreement_leaves_the_old_file(inside, smoke, monkeypatch, tensor, ch
     monkeypatch.setattr(export, "write", broken)
     with pytest.raises(RuntimeError, match=figure):
         export.run(smoke)
-    assert files.ONNX.read_bytes() == before
-    assert (files.REPORTS / "export.json").read_bytes() == report
-    written = sorted(path.name for path in files.ONNX.parent.iterdir())
-    assert written == ["encoder.onnx", "encoder.safetensors", "head.safetensors"]
+    assert {path: path.read_bytes() for path in inside.glob("[mr]*/**/*") if path.is_file()} == before
 
 
 def test_missing_inputs_name_their_stage(smoke, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """`barlow export`: write the encoder as ONNX, and only if it agrees with torch.
 
 Reads models/encoder.safetensors, models/head.safetensors and images of data/shards (the val split's first).
-Writes models/encoder.onnx, which stays as it was if the new one disagrees, and reports/export.json.
+Writes models/encoder.onnx, which stays as it was if the new one disagrees; models/reduced/{int8,fp16}.onnx, each only
+if it is as accurate; models/triton, a model repository of Triton; and reports/export.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
 
-from barlow import __version__, files, images, model, shards
+from barlow import __version__, files, images, model, quantize, shards, triton
 from barlow.encoder import Encoder, Pixels, Vectors, batches
 from barlow.errors import UserError
 from barlow.params import Params
@@ -74,6 +75,8 @@ def run(params: Params) -> None:
         figures |= speed(exported, _resize(pictures, encoder.size, encoder.size))
         figures |= {"bytes": temporary.stat().st_size, "dim": exported.dim}
     figures["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+    triton.write(files.ONNX, files.TRITON)
+    figures |= quantize.reduce(files.ONNX, files.REDUCED, params.export, params.evaluate)
     files.write_json(files.REPORTS / "export.json", figures)
     print(
         f"{files.ONNX}: smallest cosine to torch {figures['parity_cosine_min']}, "

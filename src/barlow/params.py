@@ -146,6 +146,8 @@ class Export:
     opset: Annotated[int, Range(18, 23)]
     parity_images: Annotated[int, Range(3)]
     min_cosine: Fraction
+    calibration_images: Positive
+    max_accuracy_loss: Annotated[float, Range(0, 100)]
 
 
 @dataclass(frozen=True)
