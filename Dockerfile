@@ -24,7 +24,7 @@ WORKDIR /app
 COPY requirements-serve.lock ./
 RUN pip install --no-cache-dir --require-hashes --requirement requirements-serve.lock
 COPY src src
-# models/encoder.onnx, if it was there at build time; else mount it
+# models/encoder.onnx and models/index, if they were there at build time; else mount them
 COPY models models
 ENV PYTHONPATH=/app/src
 USER 10001:10001

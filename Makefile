@@ -29,8 +29,8 @@ repro: .venv/installed ## run the whole pipeline on data.source; what is up to d
 	barlow summary
 
 system: # what some tests need besides Python; they skip where this cannot install it
-	@(command -v ip && ls /usr/lib/postgresql/*/bin/initdb) >/dev/null 2>&1 || [ "$$(id -u)" != 0 ] \
-	  || (apt-get update -qq && apt-get install -qq -y iproute2 postgresql >/dev/null) || true
+	@(command -v ip && command -v chromium && ls /usr/lib/postgresql/*/bin/initdb) >/dev/null 2>&1 || [ "$$(id -u)" != 0 ] \
+	  || (apt-get update -qq && apt-get install -qq -y chromium iproute2 postgresql >/dev/null) || true
 
 test: .venv/installed system ## check, then run every test
 	$(MAKE) --no-print-directory check
@@ -45,11 +45,14 @@ bench: .venv/installed ## run benchmarks/, each a ratio to what a user would pic
 	python benchmarks/loss.py
 	python benchmarks/views.py $(IMAGES)
 	python benchmarks/step.py $(IMAGES)
+	python benchmarks/precision.py
+	python benchmarks/serve.py
 
 seeds: .venv/installed ## the headline figures for three seeds, on the shards of the last repro (about 15 minutes)
 	python benchmarks/seeds.py
 
-serve: .venv/installed ## serve models/encoder.onnx on http://127.0.0.1:8000
+serve: .venv/installed ## serve models/encoder.onnx, and search in its training images: http://127.0.0.1:8000
+	barlow index --keep
 	barlow serve
 
 PORT ?= 4200
@@ -60,7 +63,7 @@ flows: .venv/installed ## server, worker and deployments on this machine, until 
 
 clean: ## remove the environment and what the stages wrote; no image folder of yours is touched
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache data/raw data/shards data/*.parquet data/.*.parquet \
-	  data/quarantine.csv data/*.safetensors models/*.onnx models/*.safetensors models/resume \
+	  data/quarantine.csv data/*.safetensors models/*.onnx models/*.safetensors models/resume models/reduced models/triton models/index \
 	  reports/pretrain reports/data_docs reports/index.html reports/confusion.csv
 
 .PHONY: help system setup lock repro test check bench seeds serve flows clean

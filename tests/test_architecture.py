@@ -1,6 +1,7 @@
 """Ratchets that hold the shape of the house: who imports whom, how long a module is, and dvc.yaml against both."""
 
 import ast
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,10 @@ from barlow.cli import STAGES
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src/barlow"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-SERVING = {"serve", "embed", "encoder"}  # what the serving image runs, with the base install and its extra alone
+SERVING = {"serve", "search", "embed", "encoder"}  # what runs with the base install and its extra alone
 NOT_SERVED = {"torch", "torchvision", "nvidia", "dvc", "dvclive", "prefect", "pandas", "great_expectations", "yaml"}
+NOT_SERVED |= {"onnx", "onnxscript", "pyarrow", "safetensors", "sklearn"}
+EXTRA = {"embed": {"pyarrow"}}  # what an extra adds, of the above
 NOT_STAGES = {"promote", "drift"}  # sections of params.yaml that no stage reads: a change there makes nothing run again
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 
@@ -59,7 +62,13 @@ def test_parts_import_no_stage(module):
 
 @pytest.mark.parametrize("module", sorted(SERVING))
 def test_serving_needs_no_training_package(module):
-    assert not NOT_SERVED & set().union(*(imports(name)[1] for name in closure(module)))
+    needed = set().union(*(imports(name)[1] for name in closure(module)))
+    assert NOT_SERVED & needed == EXTRA.get(module, set())
+
+
+def test_serving_reads_indexes_and_writes_none():
+    assert "search" in closure("serve")
+    assert not {"index", "embed", "shards"} & closure("serve")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -80,11 +89,20 @@ def test_each_module_has_its_tests(module):
 
 def test_base_imports_are_declared():
     """What the package imports is in the standard library or in pyproject.toml, by the name that it has there."""
+    with_fastapi = {"anyio", "pydantic", "starlette"}
     named = {"yaml": "pyyaml", "PIL": "pillow", "nvidia": "nvidia-dali-cuda130", "ruamel": "ruamel-yaml"}
     declared = (ROOT / "pyproject.toml").read_text()
     for module in MODULES:
-        for package in imports(module)[1] - sys.stdlib_module_names - {"anyio", "starlette"}:  # both come with fastapi
+        for package in imports(module)[1] - sys.stdlib_module_names - with_fastapi:
             assert f'"{named.get(package, package).replace("_", "-")}' in declared, (module, package)
+
+
+def test_files_beside_the_modules_are_installed():
+    (declared,) = re.findall(r"^barlow = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    patterns = re.findall(r'"(.*?)"', declared)
+    for path in PACKAGE.iterdir():
+        if path.is_file() and path.suffix != ".py":
+            assert any(path.match(pattern) for pattern in patterns), f"{path.name} is not in package-data"
 
 
 def test_dvc_stages_are_the_commands():

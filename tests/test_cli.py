@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import types
@@ -6,6 +7,7 @@ import pytest
 
 from barlow import cli
 from barlow.errors import DataError, Interrupted, UserError
+from barlow.settings import Settings
 
 
 @pytest.fixture
@@ -63,10 +65,71 @@ def test_only_pretrain_has_a_dry_run(stage, monkeypatch, capsys):
     assert "unrecognized arguments: --dry-run" in capsys.readouterr().err
 
 
+@pytest.fixture
+def call(monkeypatch):
+    """`call(command, *arguments)` returns what the command's function gets, by name."""
+
+    def call(command, function, *arguments):
+        seen = []
+        module = types.ModuleType(f"barlow.{command}")
+        setattr(module, function, lambda **values: seen.append(values))
+        monkeypatch.setitem(sys.modules, f"barlow.{command}", module)
+        assert cli.main([command, *arguments]) == 0
+        return seen.pop()
+
+    return call
+
+
+def test_index_takes_files_folders_or_nothing(call):
+    default = {"paths": [], "out": "models/index", "model": "models/encoder.onnx", "keep": False}
+    assert call("index", "run") == default
+    given = call("index", "run", "a.jpg", "photos", "--out", "there", "--model", "other.onnx", "--keep")
+    assert given == {"paths": ["a.jpg", "photos"], "out": "there", "model": "other.onnx", "keep": True}
+
+
+def test_serve_has_a_flag_for_each_setting(call):
+    default = {"model": "models/encoder.onnx", "host": "127.0.0.1", "port": 8000, "index": "models/index"}
+    assert call("serve", "serve") == default | vars(Settings())
+    settings = {name: number for number, name in enumerate(vars(Settings()), 101)}
+    flags = [f"--{name.replace('_', '-')}={number}" for name, number in settings.items()]
+    given = {"model": "m.onnx", "host": "::1", "port": 80, "index": "there"}
+    assert call("serve", "serve", *flags, *(f"--{name}={value}" for name, value in given.items())) == given | settings
+
+
+def test_a_setting_that_is_no_number_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["serve", "--max-queue", "many"])
+    assert "argument --max-queue: invalid int value: 'many'" in capsys.readouterr().err
+
+
+def test_index_is_a_command_of_the_training_environment(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for module in ("barlow.index", "barlow.embed"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    assert cli.main(["index"]) == 2
+    assert capsys.readouterr().err == "barlow index: pyarrow is not installed; pip install 'barlow[train]'\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["index", "--help"], ["serve", "--help"]])
+def test_help_answers_at_once(arguments):
+    """Of processor time, at best: other processes do not count."""
+
+    def seconds():
+        before = os.times()
+        command = [sys.executable, "-m", "barlow.cli", *arguments]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True, timeout=30)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert any(seconds() < 0.3 for _ in range(5))
+
+
 def test_help_imports_nothing_heavy():
     code = "import sys; from barlow import cli; cli.parser(); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "numpy", "pandas", "nvidia.dali", "yaml", "dvc", "prefect"} & set(modules)
+    assert not {"torch", "numpy", "pandas", "nvidia.dali", "yaml", "dvc", "prefect", "fastapi", "onnxruntime"} & set(
+        modules
+    )
 
 
 def test_each_stage_has_a_command_and_a_module(request):

@@ -5,6 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from PIL import Image
+from scipy import special
 
 from barlow import encoder
 from barlow.encoder import Encoder
@@ -136,6 +137,16 @@ def test_top1():
     names, probabilities = encoder.top1(logits, ["a", "b", "c"])
     assert names == ["b", "a"]
     np.testing.assert_allclose(probabilities, [0.5, 0.6], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1, 100, 1e30])
+def test_softmax(scale):
+    logits = (scale * RNG.normal(size=(7, 5))).astype(np.float32)
+    found = encoder.softmax(logits)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, special.softmax(logits.astype(np.float64), axis=1), rtol=1e-4, atol=1e-12)
+    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(encoder.softmax(logits[3]), found[3])
 
 
 def test_missing_file(tmp_path):

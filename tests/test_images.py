@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from barlow import images
 
@@ -148,6 +148,51 @@ def test_pixels_are_limited_by_the_header():
     np.testing.assert_array_equal(images.decode(encode(Image.fromarray(RGB)), max_pixels=35), RGB)
     with pytest.raises(images.TooManyPixelsError):
         images.decode(encode(Image.fromarray(RGB)), max_pixels=34)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def iptc(content):
+    """An IPTC file that says 10 x 10 pixels and that `content` is a JPEG, which no reader checks."""
+    fields = [(3, 60, b"\1\0"), (3, 20, b"\0\x0a"), (3, 30, b"\0\x0a"), (3, 120, b"\0\5"), (8, 10, content)]
+    return b"".join(struct.pack(">BBBH", 0x1C, record, tag, len(data)) + data for record, tag, data in fields)
+
+
+@pytest.mark.parametrize("data", [EPS, iptc(EPS)], ids=["EPS", "EPS in IPTC"])
+def test_a_program_is_not_run(monkeypatch, data):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    monkeypatch.setattr(EpsImagePlugin.subprocess, "check_call", lambda *args, **kwargs: started.append(args))
+    with pytest.raises(images.UnknownFormatError):
+        images.decode(data)
+    assert not started
+
+
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")
+@pytest.mark.parametrize("kind", ["ICO", "ICNS", "IPTC"])
+def test_a_large_image_in_a_small_container_is_not_decoded(kind):
+    png = encode(Image.fromarray(np.zeros((200, 200), bool)))
+    chunk = b"ic11" + struct.pack(">I", len(png) + 8) + png
+    data = {
+        "ICO": struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 1, len(png), 22) + png,
+        "ICNS": b"icns" + struct.pack(">I", len(chunk) + 8) + chunk,
+        "IPTC": iptc(png),
+    }[kind]
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == kind
+    with pytest.raises(images.UnknownFormatError, match="not an image in a known format"):
+        images.decode(data, max_pixels=2000)
+
+
+def test_broken_is_told_from_unknown():
+    for data in (b"", b"text", b"%PDF-1.7\n", bytes(1000)):
+        with pytest.raises(images.UnknownFormatError):
+            images.decode(data)
+    for data in (JPEG[: len(JPEG) // 2], png_header(20, 20)):
+        with pytest.raises(ValueError, match=r"truncated|broken") as caught:
+            images.decode(data)
+        assert caught.type is ValueError
 
 
 def test_without_a_limit_pillows_own_does_not_apply(monkeypatch):

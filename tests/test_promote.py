@@ -3,6 +3,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -46,6 +47,23 @@ def test_the_first_version_is_promoted_whole(encoders, held, capsys):
     assert vectors.shape == (200, 12)  # all there are
     pictures = [images.decode(sample.data) for sample in shards.read(shards.tars("pretrain"))]
     np.testing.assert_allclose(vectors, Encoder(version.onnx).embed(pictures), rtol=1e-5)
+
+
+def test_lower_precisions_of_this_very_encoder_go_with_it(encoders, held):
+    encoders("edges")
+    files.REDUCED.mkdir()
+    for name, space in {"int8": "space of edges-int8", "fp16": "space of another-fp16"}.items():
+        proto = onnx.load(files.ONNX)
+        onnx.helper.set_model_props(proto, {"space": space, "classes": json.dumps(CLASSES), "dim": "12"})
+        onnx.save(proto, files.REDUCED / f"{name}.onnx")
+    promote.run(encoders.params)
+    version = held.production()
+    assert version.card["reduced"] == {"int8.onnx": files.sha256(files.REDUCED / "int8.onnx")}
+    assert sorted(path.name for path in version.path.glob("*.onnx")) == ["encoder.onnx", "int8.onnx"]
+    assert version.damage() is None
+    (version.path / "int8.onnx").chmod(0o644)
+    (version.path / "int8.onnx").write_bytes(b"")
+    assert "int8.onnx has another SHA-256" in version.damage()
 
 
 def test_the_same_again_is_unchanged(encoders, held, capsys):

@@ -6,10 +6,12 @@ import argparse
 import importlib
 import os
 import sys
+from dataclasses import fields
 from typing import Any
 
 from barlow import __version__, files
 from barlow.errors import DataError, Interrupted, Refused, UserError
+from barlow.settings import Settings
 
 STAGES = {
     "ingest": "find and decode every image of data.source: data/manifest.parquet",
@@ -51,7 +53,17 @@ def parser() -> argparse.ArgumentParser:
     serve = command("serve", "serve an exported encoder over HTTP")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
-    for reader in (embed, serve):
+    serve.add_argument(
+        "--index", default=str(files.INDEX), metavar="FOLDER", help="of `barlow index` (default %(default)s)"
+    )
+    for setting in fields(Settings):
+        flag, text = f"--{setting.name.replace('_', '-')}", f"{setting.metadata['help']} (default %(default)s)"
+        serve.add_argument(flag, type=int, default=setting.default, metavar="N", help=text)
+    index = command("index", "embed the training images, or others, for `barlow serve` to search in")
+    index.add_argument("paths", nargs="*", metavar="FILE|FOLDER", help="default: the training images of data/shards")
+    index.add_argument("--keep", action="store_true", help="do nothing if there is an index of this encoder")
+    index.add_argument("--out", default=str(files.INDEX), metavar="FOLDER", help="default %(default)s")
+    for reader in (embed, serve, index):
         reader.add_argument("--model", default=str(files.ONNX), metavar="ONNX", help="default %(default)s")
     return main
 

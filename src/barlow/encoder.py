@@ -133,8 +133,12 @@ def batches(pixels: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:
         yield batch
 
 
+def softmax(logits: Vectors) -> Vectors:
+    """Return the probabilities over the last axis."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
+
+
 def top1(logits: Vectors, classes: Sequence[str]) -> tuple[list[str], Vectors]:
     """Return the most probable class of each row and its softmax probability."""
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    best = logits.argmax(axis=1)
-    return [classes[index] for index in best], exponentials.max(axis=1) / exponentials.sum(axis=1)
+    return [classes[index] for index in logits.argmax(axis=1)], softmax(logits).max(axis=1)

@@ -11,9 +11,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+CONTAINERS = ("ICNS", "ICO", "IPTC")  # another file inside, of any size whatever the header says; in IPTC even an EPS
+
 
 class TooManyPixelsError(ValueError):
     """The file's header announces more pixels than the caller allows; nothing was decoded."""
+
+
+class UnknownFormatError(ValueError):
+    """The file is no image, or one of a kind that is not known."""
 
 
 def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
@@ -21,15 +27,19 @@ def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
 
     Raises:
         TooManyPixelsError: by the header, before anything is decoded.
-        ValueError: the file is no image or not a whole one; the message is the reason, without the file's name.
+        UnknownFormatError: the file is no image.
+        ValueError: it is not a whole one; the message is the reason, without the file's name.
     """
     # Not catch_warnings: it is not thread-safe and would leave every warning of the process off.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a constant, would overrule `max_pixels`
+    Image.init()
     with _reasons():
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=[name for name in Image.ID if name not in CONTAINERS])
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise TooManyPixelsError(f"{image.width} x {image.height} pixels, more than the {max_pixels} allowed")
+        if image.format == "EPS":  # Pillow would hand it to Ghostscript, which runs it
+            raise UnknownFormatError("EPS is a program, not an image")
         image.load()
     return image
 
@@ -58,9 +68,9 @@ def _reasons() -> Iterator[None]:
     """Turn whatever Pillow raises (OSError, SyntaxError, struct.error, ...) into a ValueError of one line."""
     try:
         yield
-    except TooManyPixelsError:
+    except (TooManyPixelsError, UnknownFormatError):
         raise
     except UnidentifiedImageError:  # its own text holds a memory address
-        raise ValueError("not an image in a known format") from None
+        raise UnknownFormatError("not an image in a known format") from None
     except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error

@@ -122,6 +122,8 @@ def _add(params: Params, registry: Registry, decision: dict[str, Any]) -> Versio
     from barlow import gate
 
     encoder = Encoder(files.ONNX)
+    reduced = {path.name: path for path in sorted(files.REDUCED.glob("*.onnx"))}
+    reduced = {name: path for name, path in reduced.items() if _is_of(encoder, path)}
     card = {
         **encoder.metadata,
         "classes": encoder.classes,
@@ -129,17 +131,25 @@ def _add(params: Params, registry: Registry, decision: dict[str, Any]) -> Versio
         "metrics": metrics(),
         "replaces": decision["champion"],
         "sha256": decision["sha256"],
+        "reduced": {name: files.sha256(path) for name, path in reduced.items()},
         "settings": json.loads(json.dumps(asdict(params))),
     }
     reference = io.BytesIO()
     np.save(reference, gate.reference(encoder, params.promote.reference_images))
     contents: dict[str, Path | bytes | str] = {
         "encoder.onnx": files.ONNX,
+        **reduced,
         "reference.npy": reference.getvalue(),
         "decision.json": json.dumps(decision, indent=2, sort_keys=True, allow_nan=False) + "\n",
         "README.md": describe(card, decision),
     }
     return registry.add(contents, card)
+
+
+def _is_of(encoder: Encoder, path: Path) -> bool:
+    """Say whether a file of lower precision was made of this encoder."""
+    space = Encoder(path).metadata["space"]
+    return space == f"{encoder.metadata['space']}-{path.stem}"
 
 
 def describe(card: dict[str, Any], decision: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The registry: immutable versions of the encoder, and which of them is in production. Needs no package.
 
-versions/v1/      encoder.onnx, card.json, README.md (the card for people), decision.json, reference.npy
+versions/v1/      encoder.onnx, card.json, README.md (the card for people), decision.json, reference.npy and, where
+                  `barlow export` made them of this encoder, int8.onnx and fp16.onnx
 production        a link to one of them, replaced in one step; production/encoder.onnx is what to serve
 withdrawn.json    versions that were rolled back, which `barlow promote` does not bring back by itself
 log/              a JSON file for each decision and each rollback
@@ -50,14 +51,20 @@ class Version(NamedTuple):
 
     @property
     def card(self) -> dict[str, Any]:
-        """Return what is known of it: `sha256` of encoder.onnx, `space`, `classes`, `replaces`, metrics and more."""
+        """Return what is known of it: `sha256` of encoder.onnx, `space`, `classes`, `replaces`, metrics and more.
+
+        `reduced` are the SHA-256 of the files of lower precision, by name.
+        """
         return files.read_json(self.path / "card.json")  # type: ignore[no-any-return]
 
     def damage(self) -> str | None:
         """Say what is wrong with its files, if anything is."""
         try:
-            wanted = self.card["sha256"]
-            return None if files.sha256(self.onnx) == wanted else f"{self.onnx} has another SHA-256 than its card says"
+            wanted = {self.onnx.name: self.card["sha256"], **self.card.get("reduced", {})}
+            for name, sha256 in wanted.items():
+                if files.sha256(self.path / name) != sha256:
+                    return f"{self.path / name} has another SHA-256 than its card says"
+            return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{self.path} cannot be read ({error})"
 

@@ -1,134 +1,127 @@
-"""`barlow serve`: an exported encoder over HTTP.
+"""`barlow serve`: an exported encoder over HTTP, for programs (Open Inference Protocol v2), for people, and as a page.
 
-Reads models/encoder.onnx. Health and metadata have the paths of the Open Inference Protocol (v2), and so have errors
-their form, {"error": "..."}.
+Reads the ONNX file that --model names, and models/index. Another file there, or in a registry's production, replaces
+it while requests go on. The token that clients must send is in the environment variable BARLOW_TOKEN, if at all.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
 
-import numpy as np
 import uvicorn
-from anyio import CapacityLimiter, to_thread
-from fastapi import FastAPI, File, HTTPException, Request, Response, UploadFile
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.middleware.base import RequestResponseEndpoint
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
 
-from barlow.encoder import Encoder, Pixels, top1
+from barlow import __version__, files, v1, v2
 from barlow.errors import UserError
-from barlow.files import ONNX, cpus
-from barlow.images import TooManyPixelsError, decode
+from barlow.limits import Guard, Refusal, error
+from barlow.live import Live
+from barlow.metrics import Metrics
+from barlow.protocol import Protocol
+from barlow.schemas import FAILURES
+from barlow.settings import Settings
 
-MAX_BYTES = 32 * 2**20  # of a request
-MAX_FILES = 64  # in a request
-MAX_PIXELS = 25_000_000  # of an image; inside the network it takes about 25 bytes a pixel
+DRAIN_SECONDS = 30  # for what was asked before SIGTERM
+PAGE = {
+    "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' blob: data:; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+}
 
 
-def serve(model: Path | str = ONNX, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve until a signal ends it.
+def serve(
+    model: Path | str = files.ONNX,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    index: Path | str = files.INDEX,
+    **settings: int,
+) -> None:
+    """Serve until a signal ends it, and then answer what was asked before.
 
     Raises:
-        UserError: the model cannot be used, or the address cannot be listened on.
+        UserError: the model cannot be used, a setting is impossible, or the address cannot be listened on.
     """
     if not 0 < port < 2**16:
         raise UserError(f"--port {port} is not allowed; it must be from 1 to {2**16 - 1}")
-    server = uvicorn.Server(uvicorn.Config(app(model)))
+    application = app(model, index, Settings(**settings), os.environ.get("BARLOW_TOKEN"))
+    config = uvicorn.Config(
+        application,
+        http=Protocol,
+        loop="uvloop",
+        ws="none",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(f"cannot listen on {host} port {port} ({error}); choose another --host or --port") from None
     print(f"serving {model} at http://{host}:{port}; its interface is described at /docs", flush=True)
-    server.run([listener])
+    sys.setswitchinterval(0.0005)  # seconds: the event loop and the workers wait for each other often and briefly
+    uvicorn.Server(config).run([listener])
 
 
-def app(model: Path | str = ONNX) -> FastAPI:
-    """Load a model and return the application that answers with it; raises UserError as `Encoder` does."""
-    encoder = Encoder(model)
-    encoder.embed([np.zeros((32, 32, 3), np.uint8)])  # the first run allocates: no request shall wait for it
-    workers = CapacityLimiter(cpus())  # requests that are decoded and embedded at a time; it bounds memory
-    server = FastAPI(title="Barlow", version=encoder.metadata["version"])
+def app(
+    model: Path | str = files.ONNX,
+    index: Path | str = files.INDEX,
+    settings: Settings | None = None,
+    token: str | None = None,
+) -> Guard:
+    """Load the model and return the application that answers with it; raises UserError as `serve` does."""
+    settings = settings or Settings()
+    settings.check()
+    metrics = Metrics()
+    live = Live(Path(model), Path(index), settings, metrics)
+    html = Path(__file__).with_name("page.html").read_bytes()
 
-    @server.exception_handler(StarletteHTTPException)
-    async def http_error(_: Request, error: StarletteHTTPException) -> Response:
-        return _error(error.status_code, str(error.detail))
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(live.watch())
+        yield
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+        await live.close()
+
+    server = FastAPIOffline(title="Barlow", version=__version__, lifespan=lifespan, responses=FAILURES)
+    server.state.live, server.state.settings, server.state.metrics = live, settings, metrics
+
+    @server.exception_handler(Refusal)
+    async def refused(_: Request, refusal: Refusal) -> Response:
+        metrics.rejects.labels(refusal.reason).inc()
+        return error(refusal.status, str(refusal))
+
+    @server.exception_handler(Exception)
+    async def bug(_: Request, __: Exception) -> Response:
+        return error(500, "a bug in the service; its log says more")
+
+    @server.exception_handler(HTTPException)
+    async def httperror(_: Request, failure: HTTPException) -> Response:
+        return error(failure.status_code, str(failure.detail), failure.headers)
 
     @server.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return _error(400, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
+    async def invalid(_: Request, failure: RequestValidationError) -> Response:
+        return error(422, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in failure.errors()))
 
-    @server.middleware("http")
-    async def check_length(request: Request, answer: RequestResponseEndpoint) -> Response:
-        """Refuse a long body by its header, before any of it is read; the HTTP server holds it to what it announced."""
-        length = request.headers.get("content-length")
-        if request.method == "POST" and length is None:
-            return _error(411, "the request has no Content-Length")
-        if int(length or 0) > MAX_BYTES:
-            return _error(413, f"the request has {length} bytes; at most {MAX_BYTES} are allowed")
-        return await answer(request)
+    @server.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response(html, headers=PAGE, media_type="text/html")
 
-    @server.get("/v2/health/live")
-    def live() -> dict[str, bool]:
-        return {"live": True}
+    @server.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def measured() -> Response:
+        """Return what Prometheus reads."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @server.get("/v2/health/ready")
-    def ready() -> dict[str, bool]:
-        return {"ready": True}  # the model is loaded before the first connection is accepted
-
-    @server.get("/v2/models/encoder")
-    def metadata() -> dict[str, Any]:
-        logits = [{"name": "logits", "datatype": "FP32", "shape": [-1, len(encoder.classes or [])]}]
-        return {
-            "name": "encoder",
-            "versions": [encoder.metadata["version"]],
-            "platform": "onnxruntime_onnx",
-            "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]}],
-            "outputs": [
-                {"name": "embedding", "datatype": "FP32", "shape": [-1, encoder.dim]},
-                *(logits if encoder.classes else []),
-            ],
-            "parameters": encoder.metadata,
-        }
-
-    @server.post("/v1/embed")
-    async def embed(files: Annotated[list[UploadFile], File()]) -> Response:
-        """Embed image files of any format and size, in one multipart form, each under the name `files`."""
-        if len(files) > MAX_FILES:
-            raise HTTPException(413, f"{len(files)} files; at most {MAX_FILES} are allowed in a request")
-        contents = [(file.filename or "file", await file.read()) for file in files]
-        return JSONResponse(await to_thread.run_sync(_answer, encoder, contents, limiter=workers))
-
-    return server
-
-
-def _answer(encoder: Encoder, contents: list[tuple[str, bytes]]) -> dict[str, Any]:
-    """Decode and embed, one batch in memory at a time."""
-    answer: dict[str, Any] = {"space": encoder.metadata["space"], "dim": encoder.dim, "embeddings": []}
-    if encoder.classes:
-        answer |= {"classes": [], "probabilities": []}
-    for embeddings, logits in encoder.run(_decoded(contents)):
-        answer["embeddings"] += embeddings.tolist()
-        if logits is not None and encoder.classes:
-            names, probabilities = top1(logits, encoder.classes)
-            answer["classes"] += names
-            answer["probabilities"] += probabilities.tolist()
-    return answer
-
-
-def _decoded(contents: list[tuple[str, bytes]]) -> Iterator[Pixels]:
-    for name, data in contents:
-        try:
-            yield decode(data, MAX_PIXELS)
-        except TooManyPixelsError as error:
-            raise HTTPException(413, f"{name}: {error}") from None
-        except ValueError as error:
-            raise HTTPException(415, f"{name}: {error}") from None
-
-
-def _error(status: int, message: str) -> Response:
-    return JSONResponse({"error": message}, status)
+    server.include_router(v1.router)
+    server.include_router(v2.router)
+    return Guard(server, settings, metrics, token, {**v1.DIRECT, **v2.DIRECT})

@@ -1,0 +1,247 @@
+"""`python benchmarks/serve.py`: `barlow serve` under load, against its ceiling and against LitServe.
+
+For each network: the ceiling (as many threads as processors, each decoding JPEGs and running batches of 32, no HTTP),
+64 connections that post a JPEG each, the same without batching, with int8, and to LitServe with the same file; in
+turn, in rounds. Then latency at 25, 50 and 80 % of that load. The client is another process on the same processors.
+
+`--reloads N` replaces the model N times under load, and twice by a broken one; `--soak SECONDS` keeps the load up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+from rounds import hardware
+
+from barlow import export, files, model, params, quantize, synthetic
+from barlow.encoder import Encoder
+from barlow.images import decode
+
+HERE = Path(__file__).parent
+ROUNDS = 3
+SECONDS = 5
+LITSERVE = Path(".cache/litserve")
+
+
+def photographs(folder, side, count=128):
+    """Write JPEGs, all of one size, as cameras' are."""
+    folder.mkdir(parents=True)
+    families = list(synthetic.FAMILIES)
+    for i in range(count):
+        pixels = synthetic.surface(families[i % len(families)], min(side, 64), np.random.default_rng(i))
+        Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{i:03}.jpg", quality=88)
+    return folder
+
+
+def networks(settings, folder):
+    """Yield name, ONNX file, int8 file and a folder of JPEGs; random weights are as fast as others."""
+    yield "models/encoder.onnx", files.ONNX, files.REDUCED / "int8.onnx", photographs(folder / "48", 48)
+    for stem, size, side in (("small", 32, 64), ("imagenet", 224, 480)):
+        shape = dataclasses.replace(settings.model, arch="resnet18", stem=stem)
+        network = export.Exported(model.FrozenEncoder(shape, dataclasses.replace(settings.views, size=size)), {})
+        path, small = folder / f"{stem}.onnx", folder / f"{stem}-int8.onnx"
+        export.write(network, {"space": stem, "classes": "[]", "image_size": str(size)}, settings.export.opset, path)
+        quantize.int8(path, small, 64)
+        yield f"resnet18, {size} px from {side} px", path, small, photographs(folder / str(side), side)
+
+
+def ceiling(onnx, folder):
+    """Return images a second of decoding and onnxruntime alone."""
+    encoder = Encoder(onnx, threads=1)
+    contents = [path.read_bytes() for path in sorted(folder.iterdir())]
+    done = [0] * files.cpus()
+    end = time.perf_counter() + SECONDS
+
+    def work(thread):
+        rng = random.Random(thread)
+        while time.perf_counter() < end:
+            for embeddings, _ in encoder.run((decode(rng.choice(contents)) for _ in range(32)), 32):
+                done[thread] += len(embeddings)
+
+    started = time.perf_counter()
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(len(done))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(done) / (time.perf_counter() - started)
+
+
+@contextmanager
+def running(command, path, env=None):
+    """Run a server until its `path` answers, and yield its port and process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [str(part).replace("PORT", str(port)) for part in command]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env) as server:
+        try:
+            while not answers(port, path):
+                if server.poll() is not None:
+                    raise SystemExit(f"{' '.join(command)} ended with {server.returncode}")
+                time.sleep(0.05)
+            yield port, server
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def answers(port, path):
+    """Say whether a GET is answered."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def barlow(onnx, *flags):
+    """Run `barlow serve`."""
+    command = [sys.executable, "-m", "barlow.cli", "serve", "--model", onnx, "--port", "PORT", *flags]
+    return running(command, "/v2/health/ready")
+
+
+def litserve(onnx):
+    """Run LitServe with the same file, in an environment of its own, tuned alike: a process a processor."""
+    if not (LITSERVE / "bin/litserve").exists():
+        subprocess.run([sys.executable, "-m", "venv", LITSERVE], check=True)
+        pip = [LITSERVE / "bin/pip", "install", "--quiet", "litserve", "onnxruntime", "pillow", "python-multipart"]
+        subprocess.run(pip, check=True)
+    return running([LITSERVE.absolute() / "bin/python", HERE / "litserve_app.py", onnx, "PORT"], "/health")
+
+
+def load(port, folder, route="/v1/embed", seconds=SECONDS, rate=None):
+    """Return what the client process measured."""
+    command = [
+        sys.executable,
+        HERE / "load.py",
+        f"127.0.0.1:{port}",
+        folder,
+        "--route",
+        route,
+        "--seconds",
+        str(seconds),
+    ]
+    command += ["--rate", str(rate)] if rate else []
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert set(found["statuses"]) == {"200"}, found
+    return found
+
+
+def compare(name, onnx, small, folder):
+    """Print throughput against the ceiling, and latencies."""
+    columns = {"ceiling": [], "barlow": [], "no batching": [], "int8": [], "litserve": []}
+    for _ in range(ROUNDS):
+        columns["ceiling"].append(ceiling(onnx, folder))
+        with barlow(onnx) as (port, _):
+            load(port, folder, seconds=1)
+            columns["barlow"].append(load(port, folder)["rate"])
+        with barlow(onnx, "--max-batch-size", "1") as (port, _):
+            load(port, folder, seconds=1)
+            columns["no batching"].append(load(port, folder)["rate"])
+        with barlow(small) as (port, _):
+            load(port, folder, seconds=1)
+            columns["int8"].append(load(port, folder)["rate"])
+        with litserve(onnx) as (port, _):
+            load(port, folder, "/predict", seconds=1)
+            columns["litserve"].append(load(port, folder, "/predict")["rate"])
+    print(f"\n{name}: images/s, median of {ROUNDS} rounds (share of the same round's ceiling, smallest to largest)")
+    for key, rates in columns.items():
+        shares = [100 * rate / most for rate, most in zip(rates, columns["ceiling"], strict=True)]
+        spread = f"{statistics.median(shares):.0f} % ({min(shares):.0f} to {max(shares):.0f})"
+        print(f"  {key:<12}{statistics.median(rates):8.0f}   {spread}", flush=True)
+    peak = statistics.median(columns["barlow"])
+    with barlow(onnx) as (port, _):
+        load(port, folder, seconds=1)
+        for percent in (25, 50, 80):
+            found = load(port, folder, rate=peak * percent / 100, seconds=2 * SECONDS)
+            text = ", ".join(f"{key} {found[key]:.1f} ms" for key in ("p50", "p95", "p99"))
+            print(f"  at {percent} % of {peak:.0f} requests/s: {text}", flush=True)
+
+
+def endure(reloads, soak):
+    """Replace the model under load, and keep the load up; print failures and memory."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        good, target = folder / "good.onnx", folder / "model.onnx"
+        shutil.copy(files.ONNX, good)
+        shutil.copy(good, target)
+        pictures = photographs(folder / "48", 48)
+        with barlow(target) as (port, server):
+            process, sizes, stop = psutil.Process(server.pid), [], threading.Event()
+            load(port, pictures, seconds=5)
+
+            def watch():
+                while not stop.wait(1):
+                    sizes.append(process.memory_info().rss / 2**20)
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            seconds = soak or 3.0 * (reloads + 2)
+            replacer = threading.Thread(target=replace, args=(port, good, target, reloads))
+            replacer.start()
+            found = load(port, pictures, seconds=seconds)
+            replacer.join()
+            stop.set()
+            watcher.join()
+            counts = metrics(port, "barlow_reloads_total", "barlow_rejects_total")
+        tenth = max(len(sizes) // 10, 1)
+        first, last = statistics.median(sizes[tenth : 3 * tenth]), statistics.median(sizes[-2 * tenth :])
+        print(f"{seconds:.0f} s, {sum(found['statuses'].values())} requests, statuses {found['statuses']}, {counts}")
+        print(
+            f"  memory {first:.1f} MiB after warm-up, {last:.1f} at the end: {100 * (last / first - 1):+.1f} %",
+            flush=True,
+        )
+
+
+def replace(port, good, target, reloads):
+    """Put the model in its place again and again, and a broken one after the 7th and the 14th time."""
+    for i in range(reloads):
+        for content in [good.read_bytes()] + [good.read_bytes()[:-1000]] * (i in (6, 13)):
+            before = metrics(port, "barlow_reloads_total")
+            temporary = target.with_name("new")
+            temporary.write_bytes(content)
+            temporary.replace(target)
+            while metrics(port, "barlow_reloads_total") == before:
+                time.sleep(0.1)
+
+
+def metrics(port, *names):
+    """Return the service's own figures."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line.startswith(names)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--reloads", type=int, default=0)
+    parser.add_argument("--soak", type=float, default=0)
+    arguments = parser.parse_args()
+    print(hardware())
+    if arguments.reloads or arguments.soak:
+        endure(arguments.reloads, arguments.soak)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for network in networks(params.load(), Path(folder)):
+            compare(*network)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""`barlow index [FILE|FOLDER ...]`: what `barlow serve` searches in: embeddings of images, with thumbnails and a map.
+
+Reads an ONNX encoder and the images named or, by default, those of data/shards that it was trained on. Writes
+models/index/SPACE.npz, where SPACE is the id of the embedding space; so indexes of several encoders lie side by side,
+and one of another encoder is never searched.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from barlow import embed, files, shards
+from barlow.encoder import MAX_PIXELS, Encoder, Pixels, Vectors
+from barlow.errors import UserError
+from barlow.images import decode
+from barlow.search import CANDIDATES, EXACT, KIND, Item, Places, faiss, project, unit
+
+NEIGHBOURS = 32  # HNSW's M
+THUMBNAIL = 64  # px, the longer side
+SAMPLES = 12  # images to try the service with
+AHEAD = 8  # images a processor decodes ahead: photographs of 36 MB each are no trouble
+
+
+def run(
+    paths: Sequence[Path | str] = (),
+    model: Path | str = files.ONNX,
+    out: Path | str = files.INDEX,
+    keep: bool = False,
+) -> None:
+    """Embed the images and write the index; with `keep`, not if there is one of this embedding space.
+
+    Raises:
+        UserError: the model or the images cannot be used, or `out` is a file.
+    """
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"--out {out} is a file; name a folder, such as {files.INDEX}")
+    encoder = Encoder(model)
+    target = Path(out) / f"{encoder.metadata['space']}.npz"
+    if keep and target.exists():
+        print(f"{target} is there")
+        return
+    items, samples = (_found(paths), None) if paths else (_training(), [*_held_out()])
+    names, labels, vectors, thumbnails = list[str](), list[str | None](), list[Vectors](), list[bytes]()
+    kept: list[Item] = []
+
+    def decoded() -> Iterator[Pixels]:
+        with ThreadPoolExecutor(files.cpus()) as pool:
+            while chunk := list(itertools.islice(items, AHEAD * files.cpus())):
+                for item, found in zip(chunk, pool.map(_read, chunk), strict=True):
+                    if isinstance(found, str):
+                        print(f"barlow index: {item.name}: {found}", file=sys.stderr)
+                        continue
+                    pixels, thumbnail = found
+                    names.append(item.name)
+                    labels.append(item.label)
+                    thumbnails.append(thumbnail)
+                    if samples is None and len(kept) < SAMPLES:
+                        kept.append(item)
+                    yield pixels
+
+    vectors = [unit(embeddings) for embeddings, _ in encoder.run(decoded())]
+    if not names:
+        raise UserError(f"no image in {', '.join(map(str, paths)) or files.SHARDS}; name image files or a folder")
+    kept = kept if samples is None else samples
+    rows = np.concatenate(vectors)
+    if not np.isfinite(rows).all():
+        raise UserError(f"{model} gives NaN or infinity; run `barlow pretrain` and `barlow export` again")
+    basis = _basis(rows)
+    about: dict[str, Any] = {"kind": KIND, "space": encoder.metadata["space"], "names": names, "labels": labels}
+    about["samples"] = [(item.name, item.label) for item in kept]
+    with files.replacing(target) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+            vectors=rows if len(rows) <= EXACT else _graph(rows),
+            places=project(rows, basis),
+            basis=basis,
+            offsets=np.cumsum([0, *map(len, thumbnails)]),
+            thumbnails=np.frombuffer(b"".join(thumbnails), np.uint8),
+            sample_sizes=np.array([len(item.image) for item in kept], np.int64),
+            samples=np.frombuffer(b"".join(item.image for item in kept), np.uint8),
+        )
+    print(f"{target}: {len(names)} images, {target.stat().st_size / 2**20:.1f} MiB")
+
+
+def _found(paths: Iterable[Path | str]) -> Iterator[Item]:
+    """Yield files; a folder's name is the label of what lies in it, where that is in a folder that was named."""
+    for path in paths:
+        for name in embed.find([path]):
+            readable = os.fsencode(name).decode(errors="backslashreplace")  # JSON has no other bytes
+            inside = Path(os.path.relpath(readable, os.fsencode(path).decode(errors="backslashreplace")))
+            label = inside.parent.name or None
+            try:
+                yield Item(os.fspath(inside) if label else readable, label, Path(name).read_bytes())
+            except OSError as error:
+                print(f"barlow index: {name}: {error.strerror}", file=sys.stderr)
+
+
+def _training() -> Iterator[Item]:
+    names, classes = _names(), shards.classes() if (files.SHARDS / shards.CLASSES).exists() else []
+    seen = set[str]()  # most images of train are in pretrain too, without their labels
+    for sample in shards.read(tar for split in ("train", "pretrain") for tar in shards.tars(split)):
+        if sample.key in seen:
+            continue
+        seen.add(sample.key)
+        yield Item(names.get(sample.key, sample.key), classes[sample.label] if sample.label >= 0 else None, sample.data)
+
+
+def _held_out() -> Iterator[Item]:
+    """Yield a few test images, of each class in turn."""
+    names, classes = _names(), shards.classes() if (files.SHARDS / shards.CLASSES).exists() else []
+    seen: dict[int, int] = {}
+    chosen: list[tuple[int, Item]] = []
+    for sample in itertools.islice(shards.read(shards.tars("test")), 1000):
+        round_ = seen[sample.label] = seen.get(sample.label, -1) + 1
+        label = classes[sample.label] if sample.label >= 0 else None
+        chosen.append((round_, Item(names.get(sample.key, sample.key), label, sample.data)))
+    yield from (item for _, item in sorted(chosen, key=lambda pair: pair[0])[:SAMPLES])
+
+
+def _names() -> dict[str, str]:
+    """Return the paths of the accepted images by their keys in the shards; none where the manifest is gone."""
+    if not files.ACCEPTED.exists():
+        return {}
+    from pyarrow import parquet  # comes with the stage that wrote the file
+
+    rows = parquet.read_table(files.ACCEPTED, columns=["path", "sha256"]).to_pydict()
+    return {sha256[:24]: path for path, sha256 in zip(rows["path"], rows["sha256"], strict=True)}
+
+
+def _read(item: Item) -> tuple[Pixels, bytes] | str:
+    """Return the image's pixels and its thumbnail, or why there are none."""
+    try:
+        pixels = decode(item.image, MAX_PIXELS)
+    except ValueError as error:
+        return str(error)
+    small, buffer = Image.fromarray(pixels), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(buffer, "JPEG", quality=85)
+    return pixels, buffer.getvalue()
+
+
+def _basis(rows: Vectors) -> Places:
+    """Return what `search.project` needs: mean, two principal axes and the scale of the map, (4, dim)."""
+    mean = rows.mean(0)
+    covariance = (rows - mean).T @ (rows - mean)
+    axes = np.linalg.eigh(covariance)[1][:, :-3:-1].T  # of the two largest variances
+    extent = max(float(np.abs((rows - mean) @ axes.T).max()), 1e-6)
+    return np.stack([mean, *axes, np.full_like(mean, extent)])
+
+
+def _graph(rows: Vectors) -> Any:
+    """Return a navigable graph over the vectors, serialised as bytes (n,)."""
+    library = faiss()
+    graph = library.IndexHNSWFlat(rows.shape[1], NEIGHBOURS, library.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction = CANDIDATES
+    graph.add(rows)
+    return library.serialize_index(graph)

@@ -1,0 +1,71 @@
+"""What the README shows is run as it stands, but for the port."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serving import encoded, start
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory, small_shards, write_encoder):
+    """A service as after `make serve`, in a folder with a.jpg and b.png."""
+    from barlow import index
+
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "data").mkdir()
+    (folder / "data/shards").symlink_to(small_shards)
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    (folder / "a.jpg").write_bytes(encoded(pixels, "JPEG"))
+    (folder / "b.png").write_bytes(encoded(pixels))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_encoder("edges", ["a", "b", "c", "d"])
+        index.run()
+    with start(folder / "models/encoder.onnx", cwd=folder) as service:
+        yield service, folder
+
+
+def test_curl(service):
+    running, folder = service
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("curl")]
+    assert len(lines) == 5
+    results = []
+    for line in lines:
+        command = "set -e; " + line.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}").replace(
+            "curl", "curl -sSf", 1
+        )
+        done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, (line, done.stderr)
+        results.append(done.stdout)
+    embedded, classified, found, encoded_alike, metrics = results
+    assert [result["name"] for result in json.loads(embedded)["results"]] == ["a.jpg", "b.png"]
+    assert len(json.loads(classified)["results"][0]["probabilities"]) == 3
+    assert len(json.loads(found)["results"][0]["neighbours"]) == 5
+    first = json.loads(embedded)["results"][0]["embedding"]
+    assert json.loads(encoded_alike)["results"][0]["embedding"] == pytest.approx(first, rel=1e-5)
+    assert 'barlow_requests_total{path="/v1/embed",status="200"} 2.0' in metrics
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client's own dependencies
+def test_python(service, monkeypatch):
+    from barlow.encoder import Encoder
+
+    running, folder = service
+    monkeypatch.chdir(folder)
+    [program] = [block for block in blocks("python") if "tritonclient" in block]
+    names = {}
+    exec(program.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}"), names)
+    assert names["vector"] == pytest.approx(Encoder("models/encoder.onnx").embed(["a.jpg"]), rel=1e-4, abs=1e-4)
+    [program] = [block for block in blocks("python") if "barlow.encoder" in block]
+    exec(program, names)
+    assert names["vectors"] == pytest.approx(Encoder("models/encoder.onnx").embed(["a.jpg", "b.png"]))
