@@ -179,8 +179,9 @@ SIDES = np.ones((7, 2), np.int32)
         (npy(SIDES)[:-1], r"is damaged: "),
         (npy(SIDES)[:60], r"is damaged: "),
         (npy(SIDES.astype(object)), r"is damaged: "),
-        (npy(SIDES[1:]), r"is damaged: \(6, 2\) for 7 samples"),
-        (npy(SIDES.ravel()), r"is damaged: \(14,\) for 7 samples"),
+        (npy(SIDES[1:]), r"is damaged: int32 of shape \(6, 2\) for 7 samples"),
+        (npy(SIDES.ravel()), r"is damaged: int32 of shape \(14,\) for 7 samples"),
+        (npy(SIDES.astype(np.int64)), r"is damaged: int64 of shape \(7, 2\) for 7 samples"),
     ],
 )
 def test_damaged_sides_are_named(tar, content, why):

@@ -185,8 +185,9 @@ def _load_sides(tar: Path, count: int) -> Sides:
         raise UserError(f"{_sides(tar)} is missing; run `barlow shard` again") from None
     except (ValueError, EOFError) as error:
         raise UserError(f"{_sides(tar)} is damaged: {error}; run `barlow shard` again") from None
-    if sides.shape != (count, 2):
-        raise UserError(f"{_sides(tar)} is damaged: {sides.shape} for {count} samples; run `barlow shard` again")
+    if sides.shape != (count, 2) or sides.dtype != np.int32:
+        found = f"{sides.dtype} of shape {sides.shape}"
+        raise UserError(f"{_sides(tar)} is damaged: {found} for {count} samples; run `barlow shard` again")
     return sides
 
 
