@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from barlow import shards
+from barlow.shard import shrunk
 
 
 def files(folder: Path, n: int, height: int, width: int) -> list[Path]:
@@ -31,13 +31,10 @@ def shard(paths: list[Path], tar: Path, max_side: int | None = None) -> list[Pat
 
     def sample(i: int, path: Path) -> shards.Sample:
         data = path.read_bytes()
-        image = Image.open(io.BytesIO(data))
-        if max_side is not None and max(image.size) > max_side:
-            image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=95, subsampling=0)
-            data = buffer.getvalue()
-        return shards.Sample(f"{i:024x}", data, "jpg", -1, image.height, image.width)
+        width, height = Image.open(path).size
+        if max_side is not None and max(width, height) > max_side:
+            data, (width, height) = shrunk(data, max_side)
+        return shards.Sample(f"{i:024x}", data, "jpg", -1, height, width)
 
     shards.write(tar, (sample(i, path) for i, path in enumerate(paths)))
     return [tar]

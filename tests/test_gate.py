@@ -43,12 +43,6 @@ def test_the_paired_check_counts_discordant_images(smoke, change):
     assert check.text.startswith("-2.0 points (-3.3 to -0.7), the lower end at least -promote.margin=-0.5")
 
 
-def test_spread_is_1_where_all_directions_are_alike_and_0_where_there_is_one():
-    even = torch.randn(20_000, 16, generator=torch.Generator().manual_seed(0))
-    assert gate.spread(even) == pytest.approx(1, abs=0.01)
-    assert gate.spread(torch.ones(100, 16)) == pytest.approx(0, abs=1e-5)
-
-
 def test_parity_wants_the_same_images(encoders, smoke):
     encoders("edges")
     test = gate.embed(Encoder(), gate.labelled("test"))

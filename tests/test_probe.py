@@ -71,6 +71,16 @@ def test_effective_rank():
     assert probe.effective_rank(torch.ones(50, 8)) == pytest.approx(1, rel=1e-3)
 
 
+def test_spread_is_one_where_even_and_zero_where_collapsed():
+    z = torch.randn(8192, 64, generator=torch.Generator().manual_seed(0))
+    assert probe.spread(z) == pytest.approx(1, abs=0.01)
+    assert probe.spread(1000 * z.bfloat16()) == pytest.approx(1, abs=0.01)
+    assert probe.spread(z[:1].expand(100, 64)) == pytest.approx(0, abs=1e-6)
+    line = torch.arange(1, 101)[:, None] * z[:1]  # all in one direction, however long
+    assert probe.spread(line) == pytest.approx(0, abs=1e-6)
+    assert 0.01 < probe.spread(z + 10) < 0.2
+
+
 def test_alignment_and_uniformity_of_known_points():
     x = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     assert probe.alignment(x, 5 * x) == pytest.approx(0, abs=1e-12)

@@ -77,16 +77,6 @@ def test_an_epochs_row_holds_the_means(project, smoke):
     assert "after" not in run.correlation
 
 
-def test_spread_is_one_where_even_and_zero_where_collapsed():
-    z = torch.randn(8192, 64, generator=torch.Generator().manual_seed(0))
-    assert training.spread(z) == pytest.approx(1, abs=0.01)
-    assert training.spread(1000 * z.bfloat16()) == pytest.approx(1, abs=0.01)
-    assert training.spread(z[:1].expand(100, 64)) == pytest.approx(0, abs=1e-6)
-    line = torch.arange(1, 101)[:, None] * z[:1]  # all in one direction, however long
-    assert training.spread(line) == pytest.approx(0, abs=1e-6)
-    assert 0.01 < training.spread(z + 10) < 0.2
-
-
 def test_collapse_is_told_with_figure_and_bound():
     assert training.collapse(HEALTHY, min_std=0.1, max_correlation=0.5) == {}
     found = training.collapse(HEALTHY | {"std": 0.0321}, min_std=0.1, max_correlation=0.5)

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from barlow import files, model, probe, shards, summary
 from barlow.features import CHUNK, Split, embed, labelled
@@ -99,7 +98,7 @@ def health(encoder: model.FrozenEncoder, views: Views, seed: int, device: torch.
     return {
         "health_images": len(features),
         "effective_rank": probe.effective_rank(features),
-        "feature_std": float(functional.normalize(features).std(0).mean() * features.shape[1] ** 0.5),
+        "feature_std": probe.spread(features),
         "alignment": probe.alignment(view_a, view_b),
         "uniformity": probe.uniformity(features),
     }

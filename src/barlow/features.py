@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from barlow import files, images, model, probe, shards
 
 CHUNK = 256  # images decoded and embedded at a time
 KNN = (20, 0.1)  # k and temperature while training runs; not evaluate's, of which pretraining must not depend
+
+Pixels = TypeVar("Pixels")
 
 
 class Split(NamedTuple):
@@ -30,19 +32,33 @@ def labelled(split: str) -> Iterator[shards.Sample]:
 
 
 def embed(encoder: model.FrozenEncoder, samples: Iterator[shards.Sample], device: torch.device) -> Split:
-    """Decode and embed images, some at a time."""
+    """Embed images with torch."""
 
-    def preprocess(sample: shards.Sample) -> Tensor:
-        return encoder.preprocess(torch.tensor(images.decode(sample.data))[None].to(device))
+    def preprocess(data: bytes) -> Tensor:
+        return encoder.preprocess(torch.tensor(images.decode(data))[None].to(device))
 
-    features, labels, keys = [torch.zeros(0, encoder.backbone.dim)], list[int](), list[str]()
-    with ThreadPoolExecutor(files.cpus()) as pool, torch.inference_mode():
+    def vectors(pixels: Iterator[Tensor]) -> Tensor:
+        with torch.inference_mode():
+            features: Tensor = encoder.backbone(torch.cat(list(pixels)))
+        return features.float().cpu()
+
+    return through(samples, preprocess, vectors, encoder.backbone.dim)
+
+
+def through(
+    samples: Iterator[shards.Sample],
+    decode: Callable[[bytes], Pixels],
+    vectors: Callable[[Iterator[Pixels]], Tensor],
+    dim: int,
+) -> Split:
+    """Decode images in threads, some at a time, and put them through `vectors`: float32 (images, dim)."""
+    features, labels, keys = [torch.zeros(0, dim)], list[int](), list[str]()
+    with ThreadPoolExecutor(files.cpus()) as pool:
         while chunk := list(islice(samples, CHUNK)):
-            pixels = torch.cat(list(pool.map(preprocess, chunk)))
-            features.append(encoder.backbone(pixels).float().cpu())
+            features.append(vectors(pool.map(decode, (sample.data for sample in chunk))))
             labels += [sample.label for sample in chunk]
             keys += [sample.key for sample in chunk]
-    return Split(torch.cat(features).clone(), torch.tensor(labels, dtype=torch.long), keys)
+    return Split(torch.cat(features), torch.tensor(labels, dtype=torch.long), keys)
 
 
 def knn_on_val(encoder: model.FrozenEncoder, device: torch.device) -> dict[str, float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from torch import Tensor
 from barlow import files, images, model, probe, shards
 from barlow.encoder import Encoder, Vectors
 from barlow.errors import Refused
-from barlow.features import CHUNK, Split, labelled
+from barlow.features import Split, labelled, through
 from barlow.params import Params
 
 HEALTH_IMAGES = 2000  # whose embeddings are looked at for their spread
@@ -47,7 +46,7 @@ class Read:
 
     def figures(self) -> dict[str, float]:
         """Return what a person compares: top-1 in percent with intervals, effective rank and spread."""
-        found = {"effective_rank": probe.effective_rank(self.val), "std": spread(self.val)}
+        found = {"effective_rank": probe.effective_rank(self.val), "std": probe.spread(self.val)}
         for name, right in self.right.items():
             top1 = 100 * float(right.double().mean())
             low, high = probe.wilson_interval(top1, len(right))
@@ -75,23 +74,12 @@ def read(encoder: Encoder, params: Params) -> Read:
 
 
 def embed(encoder: Encoder, samples: Iterator[shards.Sample]) -> Split:
-    """Decode and embed images, some at a time; raises Refused as `read` does."""
-    parts, labels, keys = [torch.zeros(0, encoder.dim)], list[int](), list[str]()
-    with ThreadPoolExecutor(files.cpus()) as pool:
-        while chunk := list(islice(samples, CHUNK)):
-            vectors = torch.from_numpy(encoder.embed(pool.map(lambda sample: images.decode(sample.data), chunk)))
-            for sample, finite in zip(chunk, vectors.isfinite().all(1).tolist(), strict=True):
-                if not finite:
-                    raise Refused(f"the embedding of image {sample.key} has a NaN or an infinity")
-            parts.append(vectors)
-            labels += [sample.label for sample in chunk]
-            keys += [sample.key for sample in chunk]
-    return Split(torch.cat(parts), torch.tensor(labels, dtype=torch.long), keys)
-
-
-def spread(vectors: Tensor) -> float:
-    """Return the standard deviation of unit vectors over the images, times sqrt(dim): 1 is even, 0 collapsed."""
-    return float(torch.nn.functional.normalize(vectors).std(0, correction=0).mean() * vectors.shape[1] ** 0.5)
+    """Embed images with onnxruntime; raises Refused as `read` does."""
+    split = through(samples, images.decode, lambda pixels: torch.from_numpy(encoder.embed(pixels)), encoder.dim)
+    for key, finite in zip(split.keys, split.features.isfinite().all(1).tolist(), strict=True):
+        if not finite:
+            raise Refused(f"the embedding of image {key} has a NaN or an infinity")
+    return split
 
 
 def alone(test: Split, figures: dict[str, float], size: int, params: Params) -> Iterator[Check]:

@@ -8,11 +8,11 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from barlow import distributed, model, shards
+from barlow import distributed, model
 from barlow.loss import barlow_twins_loss, form
 from barlow.params import Params
 from barlow.training import Training
-from barlow.views import TwinViews
+from barlow.views import part
 
 SAMPLES = 8  # that memory and time are measured with
 GIB = 2**30
@@ -37,9 +37,8 @@ def describe(params: Params) -> str:
     device = distributed.start(p.device)
     processes = p.processes or distributed.one_a_device(p.device)
     run = Training(params, device)
-    TwinViews(shards.tars("pretrain"), params.views, p.batch_size, p.seed, 0, processes)  # can they share a batch?
     bf16 = model.computes_bf16(p.precision, device)
-    local = p.batch_size // processes
+    local = part(p.batch_size, 0, processes).stop
     activations, seconds = measure(run, params.views.size, bf16)
     parameters = {name: sum(w.numel() for w in part.parameters()) for name, part in run.network.named_children()}
     state = (4 * 3 + 2 * bf16) * sum(parameters.values())  # weights, gradients and momentum, and autocast's copies

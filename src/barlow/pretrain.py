@@ -50,11 +50,9 @@ def train(params: Params, device: torch.device) -> None:
     """Train in this process, one of `distributed.world_size()`."""
     p, run = params.pretrain, Training(params, device)
     bf16 = model.computes_bf16(p.precision, device)
-    chatty = distributed.rank() == 0
+    chatty, start = distributed.rank() == 0, [plan.headline(run, bf16), run.resume()]
     if chatty:
-        print(plan.headline(run, bf16), run.resume(), sep="\n", flush=True)
-    else:
-        run.resume()
+        print(*start, sep="\n", flush=True)
     run.views.build()
     curves = Curves(run.history)
     saved = time.monotonic()

@@ -134,6 +134,14 @@ def effective_rank(features: Features) -> float:
     return float(torch.exp(-(p * p.log()).sum()))
 
 
+def spread(features: Features) -> float:
+    """Return the mean standard deviation of unit features times sqrt(dim): 1 is even, 0 collapsed.
+
+    Chen and He, arXiv 2011.10566, section 4.1.
+    """
+    return float(functional.normalize(features.float()).std(0, correction=0).mean() * features.shape[1] ** 0.5)
+
+
 def alignment(view_a: Features, view_b: Features) -> float:
     """Return the mean squared distance of two views' features on the unit sphere, 0 to 4; lower is more invariant.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -161,9 +160,9 @@ class Registry:
             files.write_json(temporary / "card.json", {**card, "version": name})
             for path in temporary.iterdir():
                 path.chmod(0o444)
-            _sync(temporary)
+            files.sync(temporary)
             temporary.rename(folder / name)
-            _sync(folder)
+            files.sync(folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -178,7 +177,7 @@ class Registry:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(Path("versions") / version.name)
         temporary.replace(self._pointer)
-        _sync(self.folder)
+        files.sync(self.folder)
 
     def withdrawn(self) -> dict[str, str]:
         """Return when each version was rolled back."""
@@ -204,12 +203,4 @@ def _write(path: Path, content: Path | str | bytes) -> None:
         shutil.copyfile(content, path)
     else:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.sync(path)

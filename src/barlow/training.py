@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from barlow import checkpoint, distributed, files, model, shards
+from barlow import checkpoint, distributed, files, model, probe, shards
 from barlow.errors import UserError
 from barlow.lars import LARS
 from barlow.loss import BarlowTwinsLoss, cross_correlation
@@ -72,7 +71,7 @@ class Training:
             "model": asdict(params.model),
             "views": asdict(params.views),
             "pretrain": asdict(free),
-            "data": shards.digest(tars),
+            "data": self.views.digest,
         }
         self.fingerprint = checkpoint.fingerprint(**self.identity)
         self.writer = checkpoint.Writer()
@@ -138,7 +137,7 @@ class Training:
     def end_epoch(self, z: Tensor, measured: dict[str, float]) -> dict[str, float]:
         """Return the epoch's means and what was measured besides, and start the next; `z` are its last embeddings."""
         self.check_finite()
-        row = self.figures(self.sums / self.epoch_steps) | {"std": spread(z.detach())}
+        row = self.figures(self.sums / self.epoch_steps) | {"std": probe.spread(z.detach())}
         self.sums.zero_()
         self.history.append(row | measured)
         if len(self.history) > self.p.warmup_epochs and distributed.rank() == 0:
@@ -179,14 +178,6 @@ class Training:
         before, now = metadata["world_size"], distributed.world_size()
         same = f"; {now} process(es) and not {before}: the same batches of {self.p.batch_size}, other rounding"
         return f"going on from step {self.step} of {self.total_steps}{same if before != now else ''}"
-
-
-def spread(z: Tensor) -> float:
-    """Return the mean standard deviation of unit embeddings (batch, dim) times sqrt(dim): 1 is even, 0 collapsed.
-
-    Chen and He, arXiv 2011.10566, section 4.1.
-    """
-    return float(functional.normalize(z.float()).std(0, correction=0).mean() * z.shape[1] ** 0.5)
 
 
 def collapse(row: dict[str, float], min_std: float, max_correlation: float) -> dict[str, str]:

@@ -54,6 +54,14 @@ def epoch_order(n: int, fill: int, rng: np.random.Generator) -> Indices:
     return order
 
 
+def part(batch_size: int, rank: int, world_size: int) -> slice:
+    """Return a rank's part of a global batch; raises UserError where the ranks cannot share it evenly."""
+    if batch_size % world_size:
+        raise UserError(f"pretrain.batch_size={batch_size} is not divisible by {world_size} processes; use a multiple")
+    local = batch_size // world_size
+    return slice(rank * local, (rank + 1) * local)
+
+
 class TwinViews:
     """Endless epochs of view pairs from tar shards, in an order that is new in each epoch and fixed by the seed.
 
@@ -63,6 +71,7 @@ class TwinViews:
 
     `tars`, `seed` and `batch_size`, that of all ranks together, are the same on every rank; `device_id` is the GPU that
     decodes and distorts, None the CPU; `threads` are DALI's, None one a processor.
+    `digest` is that of the tars.
 
     Raises:
         UserError: the ranks cannot share a batch evenly, there are fewer images than a batch, or (while iterating) an
@@ -81,10 +90,7 @@ class TwinViews:
         threads: int | None = None,
     ) -> None:
         self._samples = shards.Samples(tars)
-        if batch_size % world_size:
-            raise UserError(
-                f"pretrain.batch_size={batch_size} is not divisible by {world_size} processes; use a multiple"
-            )
+        self._part = part(batch_size, rank, world_size)
         if len(self._samples) < batch_size:
             raise UserError(
                 f"pretrain.batch_size={batch_size} is more than the {len(self._samples)} images there are to pretrain "
@@ -94,9 +100,9 @@ class TwinViews:
         self._fill = ceil(len(self._samples) * SHUFFLE_BYTES / self._samples.bytes)  # images to mix at a time
         self._step = 0  # batches that were yielded, over all epochs
         self._tars, self._views, self._seed, self._batch_size = tars, views, seed, batch_size
-        self._part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.digest = shards.digest(tars)
         self._fingerprint = {
-            "shards": shards.digest(tars),
+            "shards": self.digest,
             "views": json.dumps(asdict(views), sort_keys=True),
             "batch_size": batch_size,
             "seed": seed,
