@@ -110,7 +110,8 @@ def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
             if over and not chunk:
                 return
             if chunk == b"":  # it closed its output and goes on
-                time.sleep(POLL)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL)
             if time.monotonic() - polled > POLL:
                 polled = time.monotonic()
                 yield ""
