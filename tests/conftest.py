@@ -1,4 +1,5 @@
 import dataclasses
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -124,9 +125,19 @@ def reproduced(tmp_path_factory):
 
     from barlow.cli import STAGES
 
-    project = clone(tmp_path_factory.mktemp("reproduced") / "barlow")
-    run(project, "barlow", "scan")
-    assert ran(run(project, "dvc", "repro")) == list(STAGES)
+    # The base of the whole run, if there are several test processes: the first that asks makes it for all.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "reproduced"
+    folder.mkdir(exist_ok=True)
+    project, done = folder / "barlow", folder / "done"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            assert not project.exists(), "it failed in another test process"
+            clone(project)
+            run(project, "barlow", "scan")
+            assert ran(run(project, "dvc", "repro")) == list(STAGES)
+            done.touch()
     return project
 
 

@@ -1,19 +1,16 @@
-"""Real processes under torchrun against one: the loss, its gradient, what travels, batch norm and a whole training."""
+"""Real processes under torchrun against one: the loss, its gradient, what travels and batch norm."""
 
-import dataclasses
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from barlow import distributed, model
 from barlow.loss import barlow_twins_loss
 
+WORLD = 4  # two are in test_pretrain, which trains with them
 WORKER = """
 import sys
 import torch
@@ -103,17 +100,17 @@ def images():
     return (parts * torch.arange(1, 5)[:, None, None, None, None] + 1).flatten(0, 1)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def processes(request, tmp_path_factory, cases, images):
-    """(how many there were, what they computed)."""
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory, cases, images):
+    """What WORLD of them computed."""
     folder = tmp_path_factory.mktemp("processes")
     for name, content in {"in.pt": cases, "images.pt": images, "network.pt": network().state_dict()}.items():
         torch.save(content, folder / name)
     (folder / "worker.py").write_text(WORKER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
     done = subprocess.run([*launch, "worker.py", "in.pt"], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return request.param, torch.load(folder / "out.pt", weights_only=True)
+    return torch.load(folder / "out.pt", weights_only=True)
 
 
 @pytest.mark.slow
@@ -122,27 +119,26 @@ def test_gradient_does_not_depend_on_the_number_of_processes(processes, cases, f
     weight = cases[form]["weight"].double().requires_grad_()
     expected = barlow_twins_loss(*(view.double() @ weight for view in cases[form]["views"]), 0.0051).total
     expected.backward()
-    result = processes[1][form]
+    result = processes[form]
     assert result["total"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert (result["gradient"] - weight.grad).norm() / weight.grad.norm() <= 1e-5
 
 
 @pytest.mark.slow
 def test_the_smaller_of_embeddings_and_matrix_travels_once(processes):
-    world, results = processes
     vectors = {name: 4 * (2 * 4 + 1) * dim for name, dim in {"dual": 64, "direct": 16}.items()}  # statistics, diagonal
     scalars = 64
-    embeddings = 4 * 2 * (16 // world) * 64  # that one process sends
-    assert embeddings <= results["dual"]["sent"] <= embeddings + vectors["dual"] + scalars
+    embeddings = 4 * 2 * (16 // WORLD) * 64  # that one process sends
+    assert embeddings <= processes["dual"]["sent"] <= embeddings + vectors["dual"] + scalars
     matrix = 4 * 16**2
-    assert matrix <= results["direct"]["sent"] <= matrix + vectors["direct"] + scalars
+    assert matrix <= processes["direct"]["sent"] <= matrix + vectors["direct"] + scalars
 
 
 @pytest.mark.slow
 def test_batch_norm_sees_the_global_batch(processes, images):
     alone = network()
     alone(images).pow(3).mean().backward()
-    result = processes[1]["network"]
+    result = processes["network"]
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(result["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-4)
     for name, value in alone.state_dict().items():
@@ -151,10 +147,9 @@ def test_batch_norm_sees_the_global_batch(processes, images):
 
 @pytest.mark.slow
 def test_unequal_batches_are_refused_on_every_process(processes):
-    world, results = processes
-    sizes = [5 if rank == 1 else 4 for rank in range(world)]
+    sizes = [5 if rank == 1 else 4 for rank in range(WORLD)]
     wanted = "the batch size is {} here and from 4 to 5 on the processes; it must be the same"
-    assert results["unequal"] == [wanted.format(size) for size in sizes]
+    assert processes["unequal"] == [wanted.format(size) for size in sizes]
 
 
 def test_batch_norm_alone_is_that_of_torch():
@@ -177,26 +172,15 @@ def test_batch_norm_is_that_of_torch_on_a_gpu():
         torch.distributed.destroy_process_group()
 
 
-def write_params(params):
-    plain = json.loads(json.dumps(dataclasses.asdict(params)))
-    Path("params.yaml").write_text(yaml.safe_dump(plain))
-
-
 @pytest.mark.slow
-def test_pretraining_starts_its_own_processes(project, smoke, change):
-    params = change(smoke, "pretrain", processes=2, epochs=1)
-    write_params(params)
-    command = [sys.executable, "-m", "barlow.cli", "pretrain"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 process(es)" in done.stdout
-    assert done.stdout.count("epoch 1/1") == 1
-    assert (project / "models/encoder.safetensors").exists()
-
-    write_params(change(params, "pretrain", batch_size=63))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert "pretrain.batch_size=63 is not divisible by 2 processes; use a multiple" in done.stderr
+@pytest.mark.parametrize(("arguments", "code"), [("--version", 0), ("preset unknown", 2)])
+def test_a_command_in_several_processes_ends_as_they_do(arguments, code):
+    """Commands that need no torch; those that train are in test_pretrain."""
+    script = "import sys; from barlow import distributed; assert distributed.launch(2, 'cpu')"
+    done = subprocess.run([sys.executable, "-c", script, *arguments.split()], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-3000:]
+    assert done.stdout.count("barlow ") == (2 if code == 0 else 0)
+    assert ("barlow preset: preset 'unknown' is not in presets/" in done.stderr) == (code == 2)
 
 
 def test_one_process_needs_no_group():
