@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -122,6 +124,23 @@ def test_images_are_drawn_a_batch_at_a_time(mean):
     results = mean.run(endless, batch_size=4)
     assert len(next(results)[0]) == 4
     assert len(drawn) <= 5
+
+
+def test_the_memory_of_a_large_image_is_given_back(tmp_path, mean_onnx):
+    """16 million pixels are 192 MB inside this network."""
+    mean_onnx(tmp_path / "encoder.onnx")
+    program = """
+import sys, numpy, psutil
+from barlow.encoder import Encoder
+encoder, process, image = Encoder(sys.argv[1]), psutil.Process(), numpy.zeros((4000, 4000, 3), numpy.uint8)
+encoder.embed([image[:32, :32]])
+before = process.memory_info().rss
+encoder.embed([image])
+print((process.memory_info().rss - before) / 1e6)
+"""
+    command = [sys.executable, "-c", program, tmp_path / "encoder.onnx"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert float(done.stdout) < 100
 
 
 def test_a_batch_is_bounded_in_pixels(monkeypatch):

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from barlow import files, quantize, shards
+from barlow.encoder import Encoder
 from barlow.images import decode
 
 SIDE, WIDTH = 20, 16  # px of what the network sees, channels
@@ -282,10 +283,23 @@ def test_the_loss_that_is_allowed_is_allowed(figures, smoke, tmp_path, monkeypat
     worse = quantize.reduce(files.ONNX, tmp_path, settings(smoke, 100), smoke.evaluate)
     lost = max(worse[f"float32_{kind}_top1"] - worse[f"int8_{kind}_top1"] for kind in ("linear", "knn"))
     assert worse["int8_written"]
-    for bound, written in ((lost, True), (lost - 1e-9, False)):
+    for bound, written in ((lost - 1e-9, False), (lost, True)):
         found = quantize.reduce(files.ONNX, tmp_path, settings(smoke, bound), smoke.evaluate)
         assert found["int8_written"] is written
         assert (tmp_path / "int8.onnx").exists() is written
+
+
+def test_images_without_a_label_do_not_count(figures, smoke, tmp_path, monkeypatch):
+    encoder = Encoder(files.ONNX)
+    samples = {split: list(shards.read(shards.tars(split))) for split in ("pretrain", "train", "test")}
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        mixed = [*samples["pretrain"][:20], *samples[split], *samples["pretrain"][20:40]]
+        shards.write(files.SHARDS / f"{split}-000000.tar", mixed)
+    wanted = quantize.Accuracy(figures["float32_linear_top1"], figures["float32_knn_top1"])
+    assert quantize.accuracy(encoder, smoke.evaluate) == wanted
+    shards.write(files.SHARDS / "train-000000.tar", samples["pretrain"])
+    assert quantize.accuracy(encoder, smoke.evaluate) is None  # kNN has nothing to learn from
 
 
 def test_without_labels_nothing_is_written(small_shards, smoke, tmp_path, monkeypatch, capsys):

@@ -21,6 +21,7 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3)
 Vectors = np.ndarray[Any, np.dtype[np.float32]]  # (n, dim) or (n, classes)
 
 MAX_PIXELS = 100_000_000  # of a file that is decoded here
+LARGE = 2_000_000  # pixels of a batch after which onnxruntime gives its memory back; it would keep it for ever
 BATCH_PIXELS = 16_000_000  # of all images in a batch: the resize inside the network holds them as float32, 200 MB
 
 
@@ -59,6 +60,8 @@ class Encoder:
         if inputs != [("images", "tensor(uint8)", 4)] or "embedding" not in outputs or "space" not in self.metadata:
             raise UserError(f"{path} was not written by `barlow export` (inputs {inputs}, outputs {[*outputs]})")
         self.dim: int = outputs["embedding"]
+        self._large = onnxruntime.RunOptions()
+        self._large.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self.classes: list[str] | None = json.loads(self.metadata["classes"]) if "logits" in outputs else None
 
     def embed(self, images: Iterable[Any], batch_size: int = 64) -> Vectors:
@@ -88,7 +91,9 @@ class Encoder:
             outputs = {"embedding": embeddings} if logits is None else {"embedding": embeddings, "logits": logits}
             for rows in by_shape.values():
                 stacked = np.stack([batch[row] for row in rows])
-                for output, values in zip(outputs, self._session.run([*outputs], {"images": stacked}), strict=True):
+                options = self._large if stacked.size > 3 * LARGE else None
+                found = self._session.run([*outputs], {"images": stacked}, options)
+                for output, values in zip(outputs, found, strict=True):
                     outputs[output][rows] = values
             yield embeddings, logits
 
