@@ -47,11 +47,11 @@ def free_port():
 
 
 @contextmanager
-def start(model, *flags, env=None, cwd=None, port=None):
+def start(model, *flags, env=None, cwd=None, port=None, host="127.0.0.1"):
     """Run `barlow serve --model model --port FREE flags`, wait until it is ready, and end it.
 
-    `env` is added to the environment. Its working directory is the folder of the model unless `cwd` names another, and
-    its log lies there; an index is looked for in models/index there unless a flag says otherwise.
+    `env` is added to the environment; `host` is how the address that --host names is written in a URL. It runs in the
+    model's folder, unless `cwd` names another, where its log lies and it looks for an index in models/index.
     """
     model, port, begun = Path(model).absolute(), port or free_port(), time.monotonic()
     folder = Path(cwd or model.parent)
@@ -62,7 +62,7 @@ def start(model, *flags, env=None, cwd=None, port=None):
             [*map(str, command)], stdout=log, stderr=log, env=os.environ | (env or {}), cwd=folder
         )
     try:
-        until(lambda: process.poll() is not None or ready(port), DEADLINE, "the service did not start")
+        until(lambda: process.poll() is not None or ready(port, host), DEADLINE, "the service did not start")
         assert process.poll() is None, logfile.read_text()
         yield Service(port, process, logfile, time.monotonic() - begun)
     finally:
@@ -75,9 +75,9 @@ def start(model, *flags, env=None, cwd=None, port=None):
                 process.wait()
 
 
-def ready(port):
+def ready(port, host="127.0.0.1"):
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{host}:{port}/v2/health/ready", timeout=5) as answer:
             return answer.status == 200
     except (urllib.error.URLError, OSError):
         return False

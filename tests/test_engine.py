@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
+from serving import encoded, figure, png, until
 
 from barlow import encoder as encoder_module
 from barlow import files
@@ -16,7 +17,6 @@ from barlow.engine import Answer, Engine
 from barlow.limits import Refusal
 from barlow.metrics import Metrics
 from barlow.settings import Settings
-from serving import encoded, figure, png, until
 
 POISON = 13  # an image that begins with it makes `Watched` fail
 
@@ -154,7 +154,7 @@ def test_a_delay_ends(watched):
         encoder = watched()
         async with running(encoder, max_queue_delay_us=60_000) as engine:
             begun = time.monotonic()
-            first, second = await asyncio.gather(engine.submit([picture(50, 0, 0)]), engine.submit([picture(60, 0, 0)]))
+            first, _ = await asyncio.gather(engine.submit([picture(50, 0, 0)]), engine.submit([picture(60, 0, 0)]))
             assert time.monotonic() - begun >= 0.06
             assert first.queue >= 0.059
         assert encoder.sizes == [2]
@@ -332,8 +332,7 @@ def test_a_cancelled_request_leaves_nothing_behind(watched):
             await first
             await engine.submit([picture(70, 0, 0)])  # behind the five
             assert engine.figure("barlow_queue") == 0
-            gc.collect()
-            assert gone() is None
+            await asyncio.to_thread(until, lambda: gc.collect() >= 0 and gone() is None)
         assert [batch for batch in encoder.batches if batch] == [[(50, 0, 0)], [(70, 0, 0)]]
 
     go(story())
@@ -346,7 +345,7 @@ def test_an_idle_worker_holds_no_images(watched):
             gone = weakref.ref(image)
             await engine.submit([image])
             del image
-            await asyncio.to_thread(until, lambda: engine._idle == 1 and gc.collect() >= 0 and gone() is None)
+            await asyncio.to_thread(until, lambda: gc.collect() >= 0 and gone() is None)
 
     go(story())
 
@@ -391,7 +390,7 @@ def test_a_storm_of_cancelled_refused_and_broken_requests_ends_in_calm(watched):
 
         async with running(encoder, workers=2, max_batch_size=4, max_queue=40) as engine:
             answered = sum(await asyncio.gather(*(one(engine, i) for i in range(300))))
-            assert 0 < answered
+            assert answered > 0
             await asyncio.to_thread(until, lambda: engine.figure("barlow_queue") == 0)
             job = await engine.submit([picture(100, 0, 0)] * 40)  # the whole queue is free
             assert (embeddings(job) == [100, 0, 0]).all()

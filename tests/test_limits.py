@@ -1,16 +1,17 @@
 import asyncio
+import base64
 import json
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from serving import Wire, figure, hosting, png, until
 from starlette.responses import JSONResponse, Response
 
 from barlow import limits, serve
 from barlow.limits import Guard, Refusal
 from barlow.metrics import Metrics
 from barlow.settings import Settings
-from serving import Wire, figure, hosting, until
 
 GONE, NEVER = object(), object()  # parts of a body: the client goes away; nothing comes any more
 
@@ -340,6 +341,12 @@ def test_clients_that_go_away_leave_nothing_behind_on_a_real_socket(tmp_path, me
                     wire.send(head, bytes(50))
                     until(lambda: client.get("/v2/health/live").status_code == 200)
         until(lambda: answers({"status": "400"}) == 12)
+        body = b'{"images": ["' + base64.b64encode(png(1, 2, 3)) + b'"]}'
+        for _ in range(4):
+            with Wire(port) as wire:
+                json_head = head.replace("100", str(len(body))).replace("host: a", "content-type: application/json")
+                wire.send(json_head, body)  # and goes before the answer comes
+        until(lambda: answers({"status": "200"}) == 4)
         assert client.post("/v1/embed", json={"images": ["AA=="]}).status_code == 415
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from serving import encoded, figure, until
 
 from barlow import files, index, live
 from barlow.errors import UserError
@@ -18,7 +19,6 @@ from barlow.live import Live
 from barlow.metrics import Metrics
 from barlow.registry import Registry
 from barlow.settings import Settings
-from serving import encoded, figure, until
 
 IMAGE = np.full((4, 5, 3), (10, 20, 30), np.uint8)
 
@@ -150,7 +150,7 @@ BAD = {
     "NaN": (lambda path, write: write(path, float("nan")), "gives NaN or infinity"),
     "infinity": (lambda path, write: write(path, float("inf")), "gives NaN or infinity"),
     "batch": (lambda path, write: write(path, kind="batch"), "another embedding in a batch than alone"),
-    "classes": (lambda path, write: write(path, kind="classes", classes=("a", "b", "c")), "other|cannot be run"),
+    "classes": (lambda path, write: write(path, kind="classes", classes=("a", "b", "c")), "cannot be run"),
     "SHA": (registered, "has another SHA-256 than its card says"),
     "missing": (lambda path, write: None, "is missing"),
     "dangling": (lambda path, write: path.symlink_to("nowhere"), "is missing"),
@@ -197,7 +197,7 @@ def test_a_bad_file_is_refused_once_and_the_old_model_goes_on_until_a_good_one_c
         go(story())
     (record,) = caplog.records
     assert record.getMessage().startswith(f"{path} is refused, and encoder.onnx goes on: ")
-    assert any(part in record.getMessage() for part in why.split("|"))
+    assert why in record.getMessage()
 
 
 def test_a_bad_file_that_changes_is_tried_again(tmp_path, write):
@@ -258,9 +258,7 @@ def test_nothing_is_left_of_models_that_were_replaced(tmp_path, write):
                 write(path, i)
                 await found.look()
                 assert threads() == running
-                await asyncio.sleep(0)
-            gc.collect()
-            assert [reference() for reference in gone] == [None] * 3
+            await asyncio.to_thread(until, lambda: gc.collect() >= 0 and not any(reference() for reference in gone))
         assert threads() == before
 
     go(story())
@@ -384,6 +382,7 @@ def test_it_looks_again_and_again_also_after_an_error(tmp_path, write, monkeypat
             end = time.monotonic() + 10
             while await factor(found) != 2:
                 assert time.monotonic() < end
+                await asyncio.sleep(0.01)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 

@@ -4,9 +4,9 @@ import threading
 from contextlib import suppress
 
 import pytest
+from serving import Wire, hosting, until
 
 from barlow import protocol
-from serving import Wire, hosting, until
 
 GET = "GET {} HTTP/1.1\r\nhost: a\r\n\r\n"
 

@@ -96,7 +96,8 @@ class Guard:
             )
         if self._token and path not in OPEN and not path.startswith("/static-offline-docs/"):
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            if not hmac.compare_digest(given, b"Bearer " + self._token):
+            scheme, _, sent = given.partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(sent, self._token):
                 raise Refusal(401, "token", "the header `Authorization: Bearer TOKEN` is missing or wrong")
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:

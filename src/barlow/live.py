@@ -42,6 +42,7 @@ class Served:
             self.name = version.name
             if damage := version.damage():
                 raise UserError(f"{path}: {damage}")
+            path = real  # the link may lead elsewhere by now
         self.encoder = encoder = Encoder(path, settings.threads)
         _check(encoder, path)
         self.space = encoder.metadata["space"]
@@ -129,7 +130,8 @@ def signature(path: Path) -> Seen | None:
 
 def _check(encoder: Encoder, path: Path) -> None:
     """Run the network, which also allocates what requests would wait for: finite, and the same alone and in a batch."""
-    side = int(encoder.metadata.get("image_size", 32))
+    text = encoder.metadata.get("image_size", "32")
+    side = int(text) if text.isdigit() else 32
     pictures = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
     try:
         together, alone = encoder.embed(pictures), encoder.embed(pictures, batch_size=1)

@@ -45,7 +45,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin to count."""
         super().on_message_begin()
-        self._size = self._unseen = 0
+        self._size = 0
         self._start()
 
     def on_url(self, url: bytes) -> None:

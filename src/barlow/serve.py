@@ -66,7 +66,8 @@ def serve(
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(f"cannot listen on {host} port {port} ({error}); choose another --host or --port") from None
-    print(f"serving {model} at http://{host}:{port}; its interface is described at /docs", flush=True)
+    address = f"[{host}]" if ":" in host else host
+    print(f"serving {model} at http://{address}:{port}; its interface is described at /docs", flush=True)
     sys.setswitchinterval(0.0005)  # seconds: the event loop and the workers wait for each other often and briefly
     uvicorn.Server(config).run([listener])
 
@@ -106,14 +107,14 @@ def app(
         return error(500, "a bug in the service; its log says more")
 
     @server.exception_handler(HTTPException)
-    async def httperror(_: Request, failure: HTTPException) -> Response:
+    async def http_error(_: Request, failure: HTTPException) -> Response:
         return error(failure.status_code, str(failure.detail), failure.headers)
 
     @server.exception_handler(RequestValidationError)
     async def invalid(_: Request, failure: RequestValidationError) -> Response:
         return error(422, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in failure.errors()))
 
-    @server.get("/", include_in_schema=False)
+    @server.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
         return Response(html, headers=PAGE, media_type="text/html")
 
