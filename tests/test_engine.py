@@ -260,7 +260,7 @@ def test_one_bad_image_fails_only_itself(watched, bad, status, why):
         assert why in str(answer)
 
 
-def test_a_failure_of_the_model_fails_its_own_batch_and_the_worker_lives_on(watched, caplog):
+def test_a_failure_of_the_model_fails_its_own_image_and_the_worker_lives_on(watched, caplog):
     async def story():
         encoder = watched(wait=True)
         async with running(encoder, max_batch_size=2) as engine:
@@ -273,24 +273,37 @@ def test_a_failure_of_the_model_fails_its_own_batch_and_the_worker_lives_on(watc
             first, poisoned, fine, worse, last = await asyncio.gather(*jobs)
         for job, colours in ((first, [50]), (fine, [70, 71]), (last, [80])):
             assert embeddings(job)[:, 0].tolist() == colours
-        for job in (poisoned, worse):
-            assert [(answer.status, answer.reason) for answer in job.answers] == [(500, "model")] * 2
+        assert poisoned.answers[0].embedding[0] == 60
+        for answer in (poisoned.answers[1], *worse.answers):
+            assert (answer.status, answer.reason) == (500, "model")
 
     go(story())
     records = [record for record in caplog.records if record.getMessage() == "the model failed"]
-    assert len(records) == 2
+    assert len(records) == 3
     assert all("poison" in str(record.exc_info[1]) for record in records)
 
 
-def test_what_was_computed_before_the_model_failed_is_answered(watched, monkeypatch):
+def test_what_was_computed_before_the_model_failed_is_not_computed_again(watched, monkeypatch):
     monkeypatch.setattr(encoder_module, "BATCH_PIXELS", 6)  # each image of 3 x 2 goes through the network alone
+    encoder = watched()
 
     async def story():
-        async with running(watched()) as engine:
+        async with running(encoder) as engine:
             return await engine.submit([picture(colour, 0, 0) for colour in (50, 60, 70, POISON, 80)])
 
+    assert [type(answer) for answer in go(story()).answers] == [Answer, Answer, Answer, Refusal, Answer]
     # The third is held when the fourth is asked for, to see whether it would fit beside it.
-    assert [type(answer) for answer in go(story()).answers] == [Answer, Answer, Refusal, Refusal, Refusal]
+    assert [[colour for colour, *_ in batch] for batch in encoder.batches] == [[50, 60, 70], [70], [], [80]]
+
+
+def test_an_image_with_a_side_that_the_network_cannot_take_is_refused(watched):
+    async def story():
+        async with running(watched()) as engine:
+            return await engine.submit([np.zeros((1, 70_000, 3), np.uint8), picture(50, 0, 0)])
+
+    answers = go(story()).answers
+    assert (answers[0].status, str(answers[0])) == (413, "70000 x 1 pixels, a side longer than the 65536 allowed")
+    assert answers[1].embedding[0] == 50
 
 
 def test_close_answers_what_was_asked_and_ends_the_threads(watched):

@@ -120,8 +120,10 @@ def test_a_form_that_is_cut_anywhere_is_refused():
         ("application/json", b'{"images": []}', 400, "there is no image; .* the JSON's key `images`"),
         ("application/json", b'{"images": ["AAA"]}', 400, "an image is no base64: "),
         ("application/json", b'{"images": ["AAA-"]}', 400, "an image is no base64: "),
+        ("application/json", b'{"images": ["AA\\nAA"]}', 400, "an image is no base64: "),
         ("application/json", '{"images": ["é"]}'.encode(), 400, "an image is no base64: "),
     ],
+    ids=lambda value: ascii(value)[:30],
 )
 def test_malformed_bodies_say_what_is_wrong(content_type, body, status, message):
     with pytest.raises(Refusal, match=message) as refused:

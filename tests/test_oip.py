@@ -145,7 +145,7 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize(("document", "status", "message"), MALFORMED)
+@pytest.mark.parametrize(("document", "status", "message"), MALFORMED, ids=lambda value: ascii(value)[:30])
 def test_malformed_requests_say_where(document, status, message):
     with pytest.raises(Refusal, match=message) as refused:
         parse(document)
@@ -153,7 +153,11 @@ def test_malformed_requests_say_where(document, status, message):
     assert len(str(refused.value)) < 300
 
 
-@pytest.mark.parametrize("header", ["-1", "", " 5", "5.0", "1e3", "0x10", "²", "10000000", "9" * 5000, "0" * 5000])
+@pytest.mark.parametrize(
+    "header",
+    ["-1", "", " 5", "5.0", "1e3", "0x10", "²", "10000000", "9" * 5000, "0" * 5000],
+    ids=lambda value: ascii(value)[:30],
+)
 def test_a_header_that_is_no_length_is_refused(header):
     body, _ = binary(np.zeros((1, 1, 2, 3), np.uint8))
     with pytest.raises(Refusal, match=r"Inference-Header-Content-Length is .*, not a length of at most the") as refused:

@@ -23,6 +23,7 @@ from barlow.limits import Refusal
 from barlow.metrics import Metrics
 from barlow.settings import Settings
 
+MAX_SIDE = 2**16  # pixels, what JPEG can have; the resize inside the network fails on sides of millions
 logger = logging.getLogger("uvicorn.error")
 
 
@@ -162,27 +163,32 @@ class Engine:
                 for row, embedding in enumerate(embeddings):
                     answers.append((*good.popleft(), Answer(embedding, None if logits is None else logits[row])))
         except Exception:
-            logger.exception("the model failed")
+            known = {(id(job), i) for job, i, _ in answers}
+            left = [(job, i) for job, i in batch if (id(job), i) not in known]
+            if len(batch) > 1:  # each alone, so that one image is not the others' failure
+                answers += [answer for entry in left for answer in self._run([entry])]
+            else:
+                logger.exception("the model failed")
+                answers += [(job, i, Refusal(500, "model", "the model failed on this image")) for job, i in left]
         infer = time.monotonic() - started - decoding
-        known = {(id(job), i) for job, i, _ in answers}
-        for job, i in batch:
+        for job, _ in batch:
             job.infer = max(job.infer, infer)
-            if (id(job), i) not in known:
-                answers.append((job, i, Refusal(500, "model", "the model failed on this image or one beside it")))
         return answers
 
 
 def _decoded(image: bytes | Pixels, max_pixels: int) -> Pixels:
-    if not isinstance(image, bytes):
-        return image
     try:
-        return decode(image, max_pixels)
+        pixels = decode(image, max_pixels) if isinstance(image, bytes) else image
     except TooManyPixelsError as error:
         raise Refusal(413, "pixels", str(error)) from None
     except UnknownFormatError as error:
         raise Refusal(415, "format", str(error)) from None
     except ValueError as error:
         raise Refusal(422, "damaged", str(error)) from None
+    height, width = pixels.shape[:2]
+    if max(height, width) > MAX_SIDE:
+        raise Refusal(413, "pixels", f"{width} x {height} pixels, a side longer than the {MAX_SIDE} allowed")
+    return pixels
 
 
 def _deliver(answers: list[tuple[Job, int, Answer | Refusal]]) -> None:

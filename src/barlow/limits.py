@@ -100,12 +100,16 @@ class Guard:
             if scheme.lower() != b"bearer" or not hmac.compare_digest(sent, self._token):
                 raise Refusal(401, "token", "the header `Authorization: Bearer TOKEN` is missing or wrong")
 
+        encoding = next((value for name, value in scope["headers"] if name == b"content-encoding"), b"identity")
+        if encoding != b"identity":
+            raise Refusal(415, "content", "a compressed body; send it as it is")
+
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """Return the body, if it is short enough and comes in time; its bytes are then counted as held."""
         most = self._settings.max_body_bytes
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         long = Refusal(413, "body", f"the request has more than the {most} bytes allowed")
-        if not length.isdigit() or int(length) > most:
+        if not length.isdigit() or len(length) > 18 or int(length) > most:
             raise long
         parts, size = [], 0
 

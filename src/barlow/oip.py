@@ -21,36 +21,6 @@ from barlow.settings import Settings
 
 HEADER = "Inference-Header-Content-Length"
 INPUT = "images"
-_TENSOR = {
-    "type": "object",
-    "required": ["name", "shape", "datatype"],
-    "properties": {
-        "name": {"const": INPUT},
-        "datatype": {"const": "UINT8"},
-        "shape": {"type": "array", "minItems": 4, "maxItems": 4, "items": {"type": "integer", "minimum": 1}},
-        "data": {"type": "array", "description": "flat, or nested as the shape"},
-        "parameters": {"type": "object"},
-    },
-}
-SCHEMA = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["inputs"],
-                    "properties": {
-                        "id": {"type": "string"},
-                        "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": _TENSOR},
-                        "outputs": {"type": "array", "items": {"type": "object", "required": ["name"]}},
-                        "parameters": {"type": "object"},
-                    },
-                }
-            }
-        },
-    }
-}
 
 
 class Request(NamedTuple):

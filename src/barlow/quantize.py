@@ -35,7 +35,9 @@ def reduce(source: Path, folder: Path, p: Export, evaluate: Evaluate) -> dict[st
     """
     folder.mkdir(parents=True, exist_ok=True)
     full = accuracy(Encoder(source), evaluate)
-    figures: dict[str, Any] = {f"float32_{name}": value for name, value in full._asdict().items()} if full else {}
+    figures: dict[str, Any] = (
+        {f"float32_{name}": round(value, 6) for name, value in full._asdict().items()} if full else {}
+    )
     for name, make in {"int8": int8, "fp16": fp16}.items():
         target, reason = folder / f"{name}.onnx", "there are no labels to measure its accuracy with"
         if full:
@@ -44,7 +46,7 @@ def reduce(source: Path, folder: Path, p: Export, evaluate: Evaluate) -> dict[st
                 make(source, made, p.calibration_images)
                 found = accuracy(Encoder(made), evaluate)
                 assert found
-                figures |= {f"{name}_{key}": value for key, value in found._asdict().items()}
+                figures |= {f"{name}_{key}": round(value, 6) for key, value in found._asdict().items()}
                 figures[f"{name}_bytes"] = made.stat().st_size
                 lost = max(full.linear_top1 - found.linear_top1, full.knn_top1 - found.knn_top1)
                 reason = f"it loses {lost:.2f} points, export.max_accuracy_loss={p.max_accuracy_loss:g}"

@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from barlow import oip
+
 
 class Failure(BaseModel):
     """What every error looks like."""
@@ -131,6 +133,75 @@ IMAGES = {
         },
     }
 }
+
+_INPUT = {
+    "type": "object",
+    "required": ["name", "shape", "datatype"],
+    "properties": {
+        "name": {"const": oip.INPUT},
+        "datatype": {"const": "UINT8"},
+        "shape": {
+            "type": "array",
+            "description": "batch, height, width, 3",
+            "minItems": 4,
+            "maxItems": 4,
+            "items": {"type": "integer", "minimum": 1},
+            "prefixItems": 3 * [{"type": "integer", "minimum": 1}] + [{"const": 3}],
+        },
+        "data": {"type": "array", "description": "flat, or nested as the shape"},
+        "parameters": {"type": "object"},
+    },
+}
+_BINARY = {
+    "application/octet-stream": {
+        "schema": {"type": "string", "format": "binary", "description": f"JSON of {oip.HEADER} bytes, then the tensors"}
+    }
+}
+INFERENCE = {
+    "parameters": [
+        {"name": oip.HEADER, "in": "header", "required": False, "schema": {"type": "integer", "minimum": 0}},
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["inputs"],
+                    "properties": {
+                        "id": {"type": "string"},
+                        "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": _INPUT},
+                        "outputs": {"type": "array", "items": {"type": "object", "required": ["name"]}},
+                        "parameters": {"type": "object"},
+                    },
+                }
+            },
+            **_BINARY,
+        },
+    },
+}
+_OUTPUT = {
+    "type": "object",
+    "required": ["name", "datatype", "shape"],
+    "properties": {
+        "name": {"enum": ["embedding", "logits"]},
+        "datatype": {"const": "FP32"},
+        "shape": {"type": "array", "items": {"type": "integer"}},
+        "data": {"type": "array", "description": "flat"},
+        "parameters": {"type": "object"},
+    },
+}
+_ANSWER = {
+    "type": "object",
+    "required": ["model_name", "model_version", "outputs"],
+    "properties": {
+        "model_name": {"const": "encoder"},
+        "model_version": {"type": "string"},
+        "id": {"type": "string"},
+        "outputs": {"type": "array", "items": _OUTPUT},
+    },
+}
+INFERRED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {"schema": _ANSWER}, **_BINARY}}}
 
 
 def number(name: str, default: int, most: int, text: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ it while requests go on. The token that clients must send is in the environment 
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import os
 import socket
 import sys
@@ -68,7 +70,10 @@ def serve(
         raise UserError(f"cannot listen on {host} port {port} ({error}); choose another --host or --port") from None
     address = f"[{host}]" if ":" in host else host
     print(f"serving {model} at http://{address}:{port}; its interface is described at /docs", flush=True)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it notes each broken form
     sys.setswitchinterval(0.0005)  # seconds: the event loop and the workers wait for each other often and briefly
+    gc.freeze()  # what is there stays; a collection that looks at all of it, or comes often, stops everything else
+    gc.set_threshold(50_000, 20, 20)
     uvicorn.Server(config).run([listener])
 
 

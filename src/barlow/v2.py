@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from starlette.exceptions import HTTPException
 
-from barlow import __version__, oip
+from barlow import __version__, oip, schemas
 from barlow.engine import Answer
 from barlow.limits import Refusal
 from barlow.live import Served
 
+Name = Annotated[str, Path(json_schema_extra={"enum": ["encoder"]})]
 router = APIRouter(tags=["Open Inference Protocol"])
 
 
@@ -37,27 +38,25 @@ async def ready() -> dict[str, bool]:
 
 @router.get("/v2/models/{name}")
 @router.get("/v2/models/{name}/versions/{version}", include_in_schema=False)
-async def metadata(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
+async def metadata(request: Request, name: Name) -> dict[str, Any]:
     """Describe the model; its name is `encoder`."""
-    served = _served(request, name, version)
+    served = _served(request, name)
     return oip.metadata(served.encoder, served.name)
 
 
 @router.get("/v2/models/{name}/ready")
 @router.get("/v2/models/{name}/versions/{version}/ready", include_in_schema=False)
-async def model_ready(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
+async def model_ready(request: Request, name: Name) -> dict[str, Any]:
     """Say that the model answers."""
-    served = _served(request, name, version)
+    served = _served(request, name)
     return {"name": name, "version": served.name, "ready": True}
 
 
-@router.post("/v2/models/{name}/infer", openapi_extra=oip.SCHEMA)
+@router.post("/v2/models/{name}/infer", responses=schemas.INFERRED, openapi_extra=schemas.INFERENCE)
 @router.post("/v2/models/{name}/versions/{version}/infer", include_in_schema=False)
-async def infer(request: Request, name: str, version: str | None = None) -> Response:
+async def infer(request: Request, name: Name) -> Response:
     """Embed a tensor of images, UINT8 [batch, height, width, 3]; tensors as JSON or binary."""
-    served, settings = _served(request, name, version), request.app.state.settings
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise Refusal(415, "content", "a compressed body; send it as it is")
+    served, settings = _served(request, name), request.app.state.settings
     known = oip.outputs(served.encoder)
     asked = oip.parse(await request.body(), request.headers.get(oip.HEADER), [*known], settings)
     job = await served.engine.submit(list(asked.images))
@@ -70,8 +69,9 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     return Response(body, headers=headers)
 
 
-def _served(request: Request, name: str, version: str | None) -> Served:
+def _served(request: Request, name: str) -> Served:
     served: Served = request.app.state.live.current
+    version = request.path_params.get("version")
     if name != "encoder" or version not in (None, served.name):
         wanted = name if version is None else f"{name} version {version}"
         raise HTTPException(404, f"model {wanted[:50]!r} is not here; there is 'encoder' version {served.name!r}")
