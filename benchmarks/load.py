@@ -78,7 +78,7 @@ async def load(host, port, messages, connections, seconds, rate):
                 send(connection, waiting.popleft())
             else:
                 idle.append(connection)
-            if not busy and now >= end:
+            if not busy:
                 ended.set()
 
         connection.done = done
@@ -94,15 +94,19 @@ async def load(host, port, messages, connections, seconds, rate):
             idle.append(connection)
     if rate is not None:
         moment = time.perf_counter()
-        while moment < end:
+        while True:
             moment += random.expovariate(rate)
+            if moment >= end:
+                break
             if (wait := moment - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
             if idle:
                 send(idle.pop(), moment)
             else:
                 waiting.append(moment)
-    await asyncio.wait_for(ended.wait(), seconds + 60)
+    while busy:
+        ended.clear()
+        await asyncio.wait_for(ended.wait(), seconds + 60)
     took = time.perf_counter() - started
     for transport, _ in made:
         transport.abort()

@@ -7,11 +7,14 @@ Measures models/encoder.onnx and, with random weights, the network of the CIFAR-
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import tempfile
 from pathlib import Path
 
 import numpy as np
+
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # torch's threads would spin on, and slow down what is measured next
 import torch
 from rounds import hardware, seconds
 
@@ -24,12 +27,12 @@ BATCHES = (1, 16, 64)
 
 def networks(settings):
     """Yield names with the exported network; random weights are as fast as others."""
-    trained = export.Exported(model.load_encoder(files.ENCODER)[0], {})
+    trained = export.Exported(model.load_encoder(files.ENCODER)[0], {}).eval()
     yield f"models/encoder.onnx, {trained.encoder.size} px", trained
     for stem, size in (("small", 32), ("imagenet", 224)):
         shape = dataclasses.replace(settings.model, arch="resnet18", stem=stem)
         encoder = model.FrozenEncoder(shape, dataclasses.replace(settings.views, size=size))
-        yield f"resnet18, stem {stem}, {size} px", export.Exported(encoder, {})
+        yield f"resnet18, stem {stem}, {size} px", export.Exported(encoder, {}).eval()
 
 
 def variants(network, settings, folder):

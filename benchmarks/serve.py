@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -22,7 +24,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +57,7 @@ def networks(settings, folder):
     yield "models/encoder.onnx", files.ONNX, files.REDUCED / "int8.onnx", photographs(folder / "48", 48)
     for stem, size, side in (("small", 32, 64), ("imagenet", 224, 480)):
         shape = dataclasses.replace(settings.model, arch="resnet18", stem=stem)
-        network = export.Exported(model.FrozenEncoder(shape, dataclasses.replace(settings.views, size=size)), {})
+        network = export.Exported(model.FrozenEncoder(shape, dataclasses.replace(settings.views, size=size)), {}).eval()
         path, small = folder / f"{stem}.onnx", folder / f"{stem}-int8.onnx"
         export.write(network, {"space": stem, "classes": "[]", "image_size": str(size)}, settings.export.opset, path)
         quantize.int8(path, small, 64)
@@ -85,12 +87,13 @@ def ceiling(onnx, folder):
 
 
 @contextmanager
-def running(command, path, env=None):
+def running(command, path):
     """Run a server until its `path` answers, and yield its port and process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [str(part).replace("PORT", str(port)) for part in command]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env) as server:
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen(command, **silent) as server:
         try:
             while not answers(port, path):
                 if server.poll() is not None:
@@ -99,7 +102,10 @@ def running(command, path, env=None):
             yield port, server
         finally:
             server.terminate()
-            server.wait(60)
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(10)
+            with suppress(ProcessLookupError):  # LitServe leaves its workers behind
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 def answers(port, path):

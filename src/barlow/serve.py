@@ -32,6 +32,7 @@ from barlow.schemas import FAILURES
 from barlow.settings import Settings
 
 DRAIN_SECONDS = 30  # for what was asked before SIGTERM
+KEEP_ALIVE_SECONDS = 75  # longer than proxies keep an idle connection, so that none sends a request into its end
 PAGE = {
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' blob: data:; frame-ancestors 'none'",
@@ -62,6 +63,7 @@ def serve(
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
     try:
