@@ -310,3 +310,18 @@ def _write_encoder(name, classes):
     tensors = {"features": torch.from_numpy(vectors), "labels": torch.tensor([sample.label for sample in test])}
     model.save_weights(files.FEATURES, tensors, {"keys": [sample.key for sample in test], "classes": list(classes)})
     return files.sha256(files.ONNX)
+
+
+@pytest.fixture(scope="session")
+def indexed(tmp_path_factory, small_shards, write_encoder):
+    """A project with an encoder of four classes and an index of its 260 training images; no test may change it."""
+    from barlow import index
+
+    folder = tmp_path_factory.mktemp("indexed")
+    (folder / "data").mkdir()
+    (folder / "data/shards").symlink_to(small_shards)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_encoder("edges", ["a", "b", "c", "d"])
+        index.run()
+    return folder

@@ -15,23 +15,8 @@ CLASSES = ["a", "b", "c", "d"]
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, small_shards, write_encoder):
-    """A project with an encoder with four classes and an index of its 260 training images."""
-    from barlow import index
-
-    folder = tmp_path_factory.mktemp("page")
-    (folder / "data").mkdir()
-    (folder / "data/shards").symlink_to(small_shards)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_encoder("edges", CLASSES)
-        index.run()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def service(project):
-    with start(project / "models/encoder.onnx", cwd=project) as service:
+def service(indexed):
+    with start(indexed / "models/encoder.onnx", cwd=indexed) as service:
         yield service
 
 
@@ -167,8 +152,8 @@ def test_fits_a_phone_in_light_and_dark(service, visit, picture, scheme):
     assert dark == (scheme == "dark")
 
 
-def test_without_an_index_nothing_is_asked_in_vain(project, visit, picture, tmp_path):
-    shutil.copy(project / "models/encoder.onnx", tmp_path / "encoder.onnx")
+def test_without_an_index_nothing_is_asked_in_vain(indexed, visit, picture, tmp_path):
+    shutil.copy(indexed / "models/encoder.onnx", tmp_path / "encoder.onnx")
     with start(tmp_path / "encoder.onnx") as service:
         page = visit(service.url)
         assert page.log == []
@@ -179,8 +164,8 @@ def test_without_an_index_nothing_is_asked_in_vain(project, visit, picture, tmp_
         assert page.log == []
 
 
-def test_a_token_is_asked_for_and_kept(project, visit, picture):
-    with start(project / "models/encoder.onnx", cwd=project, env={"BARLOW_TOKEN": "secret"}) as service:
+def test_a_token_is_asked_for_and_kept(indexed, visit, picture):
+    with start(indexed / "models/encoder.onnx", cwd=indexed, env={"BARLOW_TOKEN": "secret"}) as service:
         page = visit(service.url, state="error")
         page.fill("#token", "wrong")
         page.keyboard.press("Enter")

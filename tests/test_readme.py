@@ -17,21 +17,13 @@ def blocks(language):
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory, small_shards, write_encoder):
-    """A service as after `make serve`, in a folder with a.jpg and b.png."""
-    from barlow import index
-
+def service(tmp_path_factory, indexed):
+    """A service as after `make serve`, and a folder with a.jpg and b.png."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "data").mkdir()
-    (folder / "data/shards").symlink_to(small_shards)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
     (folder / "a.jpg").write_bytes(encoded(pixels, "JPEG"))
     (folder / "b.png").write_bytes(encoded(pixels))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_encoder("edges", ["a", "b", "c", "d"])
-        index.run()
-    with start(folder / "models/encoder.onnx", cwd=folder) as service:
+    with start(indexed / "models/encoder.onnx", cwd=indexed) as service:
         yield service, folder
 
 
@@ -57,11 +49,12 @@ def test_curl(service):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client's own dependencies
-def test_python(service, monkeypatch):
+def test_python(service, monkeypatch, indexed):
     from barlow.encoder import Encoder
 
     running, folder = service
     monkeypatch.chdir(folder)
+    (folder / "models").symlink_to(indexed / "models")
     [program] = [block for block in blocks("python") if "tritonclient" in block]
     names = {}
     exec(program.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}"), names)

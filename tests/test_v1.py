@@ -19,31 +19,16 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, small_shards, write_encoder):
-    """A project with an encoder with four classes and an index of its 260 training images."""
-    from barlow import index
-
-    folder = tmp_path_factory.mktemp("v1")
-    (folder / "data").mkdir()
-    (folder / "data/shards").symlink_to(small_shards)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_encoder("edges", CLASSES)
-        index.run()
-    return folder
+def encoder(indexed):
+    return Encoder(indexed / "models/encoder.onnx")
 
 
 @pytest.fixture(scope="module")
-def encoder(project):
-    return Encoder(project / "models/encoder.onnx")
-
-
-@pytest.fixture(scope="module")
-def client(project):
+def client(indexed):
     """A client of a service that runs, with at most 8 images in a request and 40,000 pixels in an image."""
     flags = "--max-images", "8", "--max-pixels", "40000"
     with (
-        start(project / "models/encoder.onnx", *flags, cwd=project) as service,
+        start(indexed / "models/encoder.onnx", *flags, cwd=indexed) as service,
         httpx.Client(base_url=service.url, timeout=30, trust_env=False) as client,
     ):
         yield client
@@ -154,8 +139,8 @@ def test_a_number_out_of_range_is_refused(client, path, most, value):
     assert f"it must be from 1 to {most}" in answer.json()["error"]
 
 
-def test_neighbours_are_those_of_an_exact_search(client, project, encoder, expected):
-    with np.load(project / "models/index/space of edges.npz") as arrays:
+def test_neighbours_are_those_of_an_exact_search(client, indexed, encoder, expected):
+    with np.load(indexed / "models/index/space of edges.npz") as arrays:
         vectors, about = arrays["vectors"].astype(float), json.loads(arrays["about"].tobytes())
     assert vectors.shape == (260, 12)
     queries = expected[0].astype(float)
@@ -219,10 +204,10 @@ def test_if_all_are_bad_the_first_says_why(client, names):
     assert re.match(f"{re.escape(names[0])}: .*({BAD[names[0]][2]})", answer.json()["error"])
 
 
-def test_names_come_back_as_given_and_open_nothing(client, project):
+def test_names_come_back_as_given_and_open_nothing(client, indexed):
     """Also those that httpx would write in another way: the form is written by hand."""
     named = {"a.png": "a.png", 'quote\\".png': 'quote".png', "": "files[2]", "写真": "写真"}
-    named[str(project / "models/encoder.onnx")] = str(project / "models/encoder.onnx")
+    named[str(indexed / "models/encoder.onnx")] = str(indexed / "models/encoder.onnx")
     parts = [
         b'--b\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n'
         % (name.encode(), FILES["cmyk.jpg"])
@@ -262,8 +247,8 @@ def test_the_model_is_described(client):
     }
 
 
-def test_the_map_has_a_point_an_image(client, project):
-    with np.load(project / "models/index/space of edges.npz") as arrays:
+def test_the_map_has_a_point_an_image(client, indexed):
+    with np.load(indexed / "models/index/space of edges.npz") as arrays:
         places, labels = arrays["places"], json.loads(arrays["about"].tobytes())["labels"]
     answer = client.get("/v1/index/map").json()
     assert answer["labels"] == sorted(set(labels) - {None})

@@ -15,19 +15,8 @@ SHAPES = [(1, 28, 28, 3), (5, 28, 28, 3), (32, 40, 33, 3), (64, 9, 9, 3), (1, 30
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory, small_shards, write_encoder):
-    folder = tmp_path_factory.mktemp("v2")
-    (folder / "data").mkdir()
-    (folder / "data/shards").symlink_to(small_shards)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_encoder("edges", CLASSES)
-    return folder / "models/encoder.onnx"
-
-
-@pytest.fixture(scope="module")
-def service(path):
-    with start(path) as service:
+def service(indexed):
+    with start(indexed / "models/encoder.onnx") as service:
         yield service
 
 
@@ -39,8 +28,8 @@ def client(service):
 
 
 @pytest.fixture(scope="module")
-def encoder(path):
-    return Encoder(path)
+def encoder(indexed):
+    return Encoder(indexed / "models/encoder.onnx")
 
 
 def pictures(shape, seed=0):
