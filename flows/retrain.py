@@ -90,6 +90,8 @@ def retrain(
                     # `--allow-missing`, what is nowhere is made again.
                     pull = ["--pull"] if remote and rows else []
                     rows.append(pages.row(do(stage, "dvc", "repro", "--single-item", *pull, stage)))
+                if any(Path("models/index").glob("*.npz")):  # a service searches: it shall not pause at the promotion
+                    do("index", "barlow", "index", "--keep")
                 do("promote", "barlow", "promote", fine=(0, REFUSED))
                 decision = json.loads(Path("models/decision.json").read_text())
                 payload = {key: decision[key] for key in ("production", "champion", "reason", "space", "sha256")}

@@ -461,6 +461,7 @@ def test_a_worse_encoder_is_refused_and_rollback_restores_the_bytes(box):
     box.promote("edges")
     onnx = box.project / "models/registry/production/encoder.onnx"
     before = onnx.read_bytes()
+    box.command("barlow", "index", "--model", str(onnx))
     box.which("noise")
     refused = box.run()
     state = box.ended(refused)
@@ -468,6 +469,8 @@ def test_a_worse_encoder_is_refused_and_rollback_restores_the_bytes(box):
     assert "knn: difference to production: -" in state["message"]
     assert "- **failed** knn: difference to production: -" in box.artifacts(refused)["decision"]
     assert (box.versions, onnx.read_bytes()) == (["v1"], before)
+    indexes = {path.stem for path in (box.project / "models/index").iterdir()}
+    assert indexes == {"space of edges", "space of noise"}  # so that search would not have paused
     box.promote("other")
     assert onnx.read_bytes() != before
     state = box.ended(box.run("rollback/rollback"))

@@ -266,6 +266,24 @@ def test_an_index_for_each_embedding_space(photos, model, tmp_path):
     assert (len(read(tmp_path / "out")), len(read(tmp_path / "out", "second"))) == (4, 2)
 
 
+def test_another_encoder_gets_an_index_of_the_same_images(photos, model, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    index.run(["photos/cats"], model, out)
+    proto = onnx.load(model)
+    helper.set_model_props(proto, {"space": "second", "classes": "[]"})
+    onnx.save(proto, model)
+    monkeypatch.chdir(photos)  # and from anywhere
+    index.run((), model, out)
+    assert nearest(read(out, "second"), "green").endswith("cats/1.png")
+    assert len(read(out, "second")) == 2
+    helper.set_model_props(proto, {"space": "third", "classes": "[]"})
+    onnx.save(proto, model)
+    (out / "second.npz").write_bytes(b"no index")
+    with pytest.raises(UserError, match=r"second\.npz is no whole index .*; remove it, or name the images"):
+        index.run((), model, out)
+
+
 def test_an_index_that_is_there_is_kept_if_told_to(photos, model, tmp_path, capsys):
     out = tmp_path / "out"
     index.run([photos], model, out, keep=True)

@@ -1,8 +1,8 @@
 """`barlow index [FILE|FOLDER ...]`: what `barlow serve` searches in: embeddings of images, with thumbnails and a map.
 
-Reads an ONNX encoder and the images named or, by default, those of data/shards that it was trained on. Writes
-models/index/SPACE.npz, where SPACE is the id of the embedding space; so indexes of several encoders lie side by side,
-and one of another encoder is never searched.
+Reads an ONNX encoder and the images named or, by default, those of the newest index there is, or else those of
+data/shards that it was trained on. Writes models/index/SPACE.npz, where SPACE is the id of the embedding space; so
+indexes of several encoders lie side by side, and one of another encoder is never searched.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def run(
     if keep and target.exists():
         print(f"{target} is there")
         return
+    paths = paths or _again(Path(out))
     items, samples = (_found(paths), None) if paths else (_training(), [*_held_out()])
     names, labels, vectors, thumbnails = list[str](), list[str | None](), list[Vectors](), list[bytes]()
     kept: list[Item] = []
@@ -77,12 +78,13 @@ def run(
     if not np.isfinite(rows).all():
         raise UserError(f"{model} gives NaN or infinity; run `barlow pretrain` and `barlow export` again")
     basis = _basis(rows)
-    about: dict[str, Any] = {"kind": KIND, "space": encoder.metadata["space"], "names": names, "labels": labels}
-    about["samples"] = [(item.name, item.label) for item in kept]
+    header: dict[str, Any] = {"kind": KIND, "space": encoder.metadata["space"], "names": names, "labels": labels}
+    header["paths"] = [os.fspath(Path(path).absolute()) for path in paths]
+    header["samples"] = [(item.name, item.label) for item in kept]
     with files.replacing(target) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
-            about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+            about=np.frombuffer(json.dumps(header).encode(), np.uint8),
             vectors=rows if len(rows) <= EXACT else _graph(rows),
             places=project(rows, basis),
             basis=basis,
@@ -92,6 +94,21 @@ def run(
             samples=np.frombuffer(b"".join(item.image for item in kept), np.uint8),
         )
     print(f"{target}: {len(names)} images, {target.stat().st_size / 2**20:.1f} MiB")
+
+
+def _again(folder: Path) -> list[str]:
+    """Return what the newest index is of; nothing where it is of the training images, or there is none."""
+    newest = max(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    if newest is None:
+        return []
+    try:
+        with newest.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            paths: list[str] = json.loads(arrays["about"].tobytes())["paths"]
+    except Exception as error:  # numpy, zipfile, zlib and json each raise their own
+        raise UserError(f"{newest} is no whole index ({error!r:.100}); remove it, or name the images") from None
+    if paths:
+        print(f"of {', '.join(paths)}, as {newest} is")
+    return paths
 
 
 def _found(paths: Iterable[Path | str]) -> Iterator[Item]:
