@@ -51,7 +51,7 @@ def run(
         print(f"{target} is there")
         return
     paths = paths or _again(Path(out))
-    items, samples = (_found(paths), None) if paths else (_training(), [*_held_out()])
+    items, samples = (_found(paths), None) if paths else _from_shards()
     names, labels, vectors, thumbnails = list[str](), list[str | None](), list[Vectors](), list[bytes]()
     kept: list[Item] = []
 
@@ -124,26 +124,27 @@ def _found(paths: Iterable[Path | str]) -> Iterator[Item]:
                 print(f"barlow index: {name}: {error.strerror}", file=sys.stderr)
 
 
-def _training() -> Iterator[Item]:
+def _from_shards() -> tuple[Iterator[Item], list[Item]]:
+    """Return the training images, each once, and a few test images, of each class in turn."""
     names, classes = _names(), shards.classes() if (files.SHARDS / shards.CLASSES).exists() else []
-    seen = set[str]()  # most images of train are in pretrain too, without their labels
-    for sample in shards.read(tar for split in ("train", "pretrain") for tar in shards.tars(split)):
-        if sample.key in seen:
-            continue
-        seen.add(sample.key)
-        yield Item(names.get(sample.key, sample.key), classes[sample.label] if sample.label >= 0 else None, sample.data)
 
-
-def _held_out() -> Iterator[Item]:
-    """Yield a few test images, of each class in turn."""
-    names, classes = _names(), shards.classes() if (files.SHARDS / shards.CLASSES).exists() else []
-    seen: dict[int, int] = {}
-    chosen: list[tuple[int, Item]] = []
-    for sample in itertools.islice(shards.read(shards.tars("test")), 1000):
-        round_ = seen[sample.label] = seen.get(sample.label, -1) + 1
+    def item(sample: shards.Sample) -> Item:
         label = classes[sample.label] if sample.label >= 0 else None
-        chosen.append((round_, Item(names.get(sample.key, sample.key), label, sample.data)))
-    yield from (item for _, item in sorted(chosen, key=lambda pair: pair[0])[:SAMPLES])
+        return Item(names.get(sample.key, sample.key), label, sample.data)
+
+    def training() -> Iterator[Item]:
+        seen = set[str]()  # most images of train are in pretrain too, without their labels
+        for sample in shards.read(tar for split in ("train", "pretrain") for tar in shards.tars(split)):
+            if sample.key not in seen:
+                seen.add(sample.key)
+                yield item(sample)
+
+    rounds: dict[int, int] = {}
+    chosen: list[tuple[int, shards.Sample]] = []
+    for sample in itertools.islice(shards.read(shards.tars("test")), 1000):
+        rounds[sample.label] = rounds.get(sample.label, -1) + 1
+        chosen.append((rounds[sample.label], sample))
+    return training(), [item(sample) for _, sample in sorted(chosen, key=lambda pair: pair[0])[:SAMPLES]]
 
 
 def _names() -> dict[str, str]:

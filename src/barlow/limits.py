@@ -95,19 +95,17 @@ class Guard:
                 429, "concurrency", f"more than {self._settings.max_concurrent} requests at a time; try again"
             )
         if self._token and path not in OPEN and not path.startswith("/static-offline-docs/"):
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            given = _header(scope, b"authorization", b"")
             scheme, _, sent = given.partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(sent, self._token):
                 raise Refusal(401, "token", "the header `Authorization: Bearer TOKEN` is missing or wrong")
-
-        encoding = next((value for name, value in scope["headers"] if name == b"content-encoding"), b"identity")
-        if encoding != b"identity":
+        if _header(scope, b"content-encoding", b"identity") != b"identity":
             raise Refusal(415, "content", "a compressed body; send it as it is")
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """Return the body, if it is short enough and comes in time; its bytes are then counted as held."""
         most = self._settings.max_body_bytes
-        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        length = _header(scope, b"content-length", b"0")
         long = Refusal(413, "body", f"the request has more than the {most} bytes allowed")
         if not length.isdigit() or len(length) > 18 or int(length) > most:
             raise long
@@ -137,6 +135,11 @@ class Guard:
                 raise Refusal(408, "slow", f"the body did not come within {BODY_SECONDS} s") from None
             raise
         return b"".join(parts) if len(parts) > 1 else parts[0]
+
+
+def _header(scope: Scope, name: bytes, default: bytes) -> bytes:
+    """Return the first header of a name, which ASGI has in lower case."""
+    return next((value for key, value in scope["headers"] if key == name), default)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
