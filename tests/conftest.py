@@ -252,7 +252,7 @@ def _write_encoder(name, classes):
     import torch
     from onnx import TensorProto, helper
 
-    from barlow import files, model, shards
+    from barlow import features, files, shards
     from barlow.encoder import Encoder
     from barlow.images import decode
 
@@ -307,8 +307,8 @@ def _write_encoder(name, classes):
     onnx.save(written, files.ONNX)
     test = [sample for sample in shards.read(shards.tars("test")) if sample.label >= 0]
     vectors = Encoder().embed(decode(sample.data) for sample in test)
-    tensors = {"features": torch.from_numpy(vectors), "labels": torch.tensor([sample.label for sample in test])}
-    model.save_weights(files.FEATURES, tensors, {"keys": [sample.key for sample in test], "classes": list(classes)})
+    labels, keys = torch.tensor([sample.label for sample in test]), [sample.key for sample in test]
+    features.save("pretrained", {"test": features.Split(torch.from_numpy(vectors), labels, keys)})
     return files.sha256(files.ONNX)
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from barlow import features, files, images, model, shards
+from barlow.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -73,3 +74,21 @@ def test_knn_on_val_needs_labels_in_both(encoder, project, small_shards, split):
 def test_knn_on_val_without_the_splits(encoder, project):
     (project / "data/shards").unlink()
     assert features.knn_on_val(encoder, CPU) == {}
+
+
+def test_what_is_kept_is_read_again(project):
+    kept = {
+        "train": features.Split(torch.randn(3, 4), torch.tensor([2, 0, 1]), ["a", "bcd", "ef"]),
+        "test": features.Split(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), []),
+    }
+    features.save("pretrained", kept)
+    for name, split in kept.items():
+        found = features.load("pretrained", name)
+        assert torch.equal(found.features, split.features)
+        assert torch.equal(found.labels, split.labels)
+        assert found.keys == split.keys
+
+
+def test_what_was_not_kept_is_missing(project):
+    with pytest.raises(UserError, match=r"data/features/random\.safetensors is missing; run `barlow extract`"):
+        features.load("random", "test")

@@ -21,11 +21,24 @@ def data():
 @pytest.mark.parametrize("l2", [1e-3, 1e-1])
 def test_linear_equals_scikit_learn(data, l2):
     (x, y), (x_test, _) = data
-    weight, bias = probe.fit_linear(x, y, 4, l2)
+    weight, bias = probe.fit_linear(x, y, 4, (10 * l2, l2))[l2]
     mean, deviation = x.mean(0), x.std(0, correction=0)
     oracle = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=10_000).fit((x - mean) / deviation, y)
     expected = oracle.predict_proba((x_test - mean) / deviation)
     np.testing.assert_allclose((x_test @ weight.T + bias).softmax(1), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("n", [8, 40])
+def test_with_fewer_images_than_dimensions_the_optimum_is_the_same(n):
+    """Solved in the span of the images; standardised by the statistics of other images, as few-label probes are."""
+    generator = torch.Generator().manual_seed(1)
+    everything = 3 * torch.randn(200, 30, generator=generator) + 1
+    x, y = everything[:n], torch.arange(n) % 4
+    weight, bias = probe.fit_linear(x, y, 4, (1e-2,), unlabelled=everything)[1e-2]
+    mean, deviation = everything.mean(0), everything.std(0, correction=0)
+    oracle = LogisticRegression(C=1 / (1e-2 * n), tol=1e-9, max_iter=10_000).fit((x - mean) / deviation, y)
+    expected = oracle.predict_proba((everything - mean) / deviation)
+    np.testing.assert_allclose((everything @ weight.T + bias).softmax(1), expected, atol=2e-3)
 
 
 def test_linear_is_chosen_on_val_alone(data):
@@ -105,3 +118,52 @@ def test_the_paired_interval_is_narrower_than_that_of_two_samples():
     low, high = probe.paired_interval(20, 20, 1000)
     assert low == pytest.approx(-high)
     assert high < 1.3  # two independent accuracies of 80 % would be 3.5 points apart by chance
+
+
+def test_draws_have_as_many_of_each_class_as_asked_for():
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 4)
+    for each, wanted in {1: (1, 1, 1), 10: (10, 10, 4), 0.1: (5, 3, 1), 0.01: (1, 1, 1)}.items():
+        drawn = probe.draw_labels(labels, each, [0, 0])
+        assert labels[drawn].bincount().tolist() == list(wanted)
+        assert len(drawn.unique()) == len(drawn)
+        assert torch.equal(drawn, probe.draw_labels(labels, each, [0, 0]))
+    assert not torch.equal(probe.draw_labels(labels, 10, [0, 0]), probe.draw_labels(labels, 10, [0, 1]))
+
+
+def test_every_image_is_drawn_as_often():
+    labels, counts = torch.arange(40) % 2, torch.zeros(40)
+    for draw in range(2000):
+        counts[probe.draw_labels(labels, 5, [draw])] += 1
+    assert counts.min() > 400  # 500 expected, standard deviation 19
+    assert counts.max() < 600
+
+
+@pytest.mark.parametrize("between", [0.0, 4.0])
+def test_the_interval_of_a_mean_covers_it(between):
+    """Against simulation: the accuracy varies from draw to draw, and the test images are a sample."""
+    rng, n, held = np.random.default_rng(0), 400, 0
+    for _ in range(1000):
+        difficulty = rng.normal(0, 1, n)  # of the test images, the same for all draws
+        top1 = []
+        for shift in rng.normal(0, between / 100 / 0.3, 5):  # the density of a normal at its 0.7 quantile is about 0.35
+            top1.append(100 * float((difficulty < 0.5244 + shift).mean()))
+        low, high = probe.mean_interval(top1, n)
+        held += low <= 70 <= high
+    assert held >= 935
+
+
+def test_the_interval_of_one_is_wilsons_and_of_several_holds_students():
+    assert probe.mean_interval([80.0], 100) == pytest.approx(probe.wilson_interval(80.0, 100))
+    low, high = probe.mean_interval([60.0, 70.0, 80.0], 10**9)  # no error of the test images
+    assert (low, high) == pytest.approx((70 - 24.84, 70 + 24.84), abs=0.01)  # 4.3027 * 10 / sqrt(3)
+    assert probe.mean_interval([0.0, 100.0], 50) == (0.0, 100.0)
+
+
+def test_redundancy_is_the_root_mean_square_correlation():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)) + 5
+    c = np.corrcoef(x.T)
+    expected = np.sqrt((c[~np.eye(6, dtype=bool)] ** 2).mean())
+    assert probe.redundancy(torch.tensor(x).float()) == pytest.approx(expected, rel=1e-4)
+    assert probe.redundancy(torch.ones(50, 8)) == 0
+    assert probe.redundancy(torch.tensor(x[:, :1]).float().repeat(1, 4)) == pytest.approx(1)

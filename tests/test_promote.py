@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 
-from barlow import files, images, model, promote, rollback, shards
+from barlow import features, files, images, promote, rollback, shards
 from barlow.encoder import Encoder
 from barlow.errors import Interrupted, Refused, UserError
 from barlow.registry import Registry
@@ -167,9 +167,9 @@ def test_a_missing_metric_or_one_that_is_no_number(encoders, held, write, messag
 
 def test_features_of_another_encoder_fail_the_parity(encoders, held):
     encoders("noise")
-    features = files.FEATURES.read_bytes()
+    kept = features.load("pretrained", "test")
     encoders("edges")
-    files.FEATURES.write_bytes(features)
+    features.save("pretrained", {"test": kept})
     with pytest.raises(Refused, match=r"parity: smallest cosine to torch: \S+, at least export\.min_cosine=0\.9999"):
         promote.run(encoders.params)
 
@@ -206,8 +206,8 @@ def test_without_labels_accuracy_is_not_compared(encoders, held, tmp_path, small
         encoders(name, classes=())
         keys = [sample.key for sample in shards.read(shards.tars("test"))]
         vectors = Encoder().embed(images.decode(s.data) for s in shards.read(shards.tars("test")))
-        tensors = {"features": torch.from_numpy(vectors)}
-        model.save_weights(files.FEATURES, tensors, {"keys": keys})
+        unlabelled = torch.full((len(keys),), -1)
+        features.save("pretrained", {"test": features.Split(torch.from_numpy(vectors), unlabelled, keys)})
         promote.run(encoders.params)
     assert production(held) == "v2"
     assert decision()["reason"].endswith("(no labels: accuracy was not compared)")

@@ -46,6 +46,7 @@ def test_samples_are_those_of_read_by_number(three_tars):
     assert samples.read(some)[0].dtype == np.uint8
     assert samples.sides.tolist() == [[sample.height, sample.width] for sample in expected]
     assert samples.sides.dtype == np.int32
+    assert samples.labels().tolist() == [sample.label for sample in expected]
     assert samples.bytes == sum(len(sample.data) for sample in expected)
 
 

@@ -27,6 +27,35 @@ def test_the_table_shows_the_figures():
     assert "31.30" in table
 
 
+def test_rows_are_in_the_order_of_the_labels_they_need():
+    few = {"labels_1": 4, "labels_10": 40, "share_10": 12, "share_0.5": 5}
+    metrics = METRICS | {f"{name}_images": count for name, count in few.items()}
+    metrics |= {f"{prefix}{name}_top1": 1.0 for name in few for prefix in ("", "random_")}
+    metrics |= {"finetuned_share_10_top1": 2.0, "scratch_share_10_top1": 3.0, "supervised_top1": 4.0}
+    assert [text for _, text in summary.rows(metrics)] == [
+        "linear probe",
+        "weighted kNN",
+        "1 label a class",
+        "0.5 % of labels",
+        "10 % of labels",
+        "10 labels a class",
+        "fine-tuned, 10 % of labels",
+        "supervised, all labels",
+    ]
+
+
+def test_each_figure_is_in_its_column():
+    metrics = METRICS | {"share_10_images": 12}
+    for i, name in enumerate(
+        ("finetuned_share_10_top1", "scratch_share_10_top1", "supervised_top1", "pixels_knn_top1")
+    ):
+        metrics |= {name: 90.0 + i, f"{name}_low": 1.0, f"{name}_high": 99.0}
+    lines = {line[:26].strip(): line[26:] for line in summary.table(metrics).splitlines()}
+    assert lines["fine-tuned, 10 % of labels"].split()[0::4] == ["90.0", "91.0"]
+    assert lines["supervised, all labels"].strip() == "92.0 (1.0 to 99.0)"
+    assert lines["weighted kNN"].split()[0::4] == ["60.0", "60.0", "93.0"]
+
+
 def test_without_labels_health_alone_is_shown():
     table = summary.table({name: value for name, value in METRICS.items() if "top1" not in name})
     assert "no labels" in table

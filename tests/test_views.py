@@ -367,6 +367,31 @@ def test_pairs_are_the_first_images_as_the_network_sees_them(tars, plain):
     assert len(views.pairs(tars, settings, 99, seed=0)[0]) == COUNT
 
 
+@pytest.mark.parametrize("some", [[3], [0, 5, 9, 40, 52], list(range(COUNT))])
+def test_single_views_are_of_the_images_asked_for_each_as_often(tars, plain, some):
+    samples = shards.Samples(tars)
+    found = list(views.single_views(samples, np.array(some), plain(), 4, 26, seed=0))
+    numbers = np.concatenate([batch for _, batch in found])
+    for view, batch in found:
+        assert (view[:, 0, 4, 4] * 255).round().int().tolist() == batch.tolist()
+    counts = np.unique(numbers, return_counts=True)
+    assert counts[0].tolist() == some
+    assert np.ptp(counts[1]) <= 1
+    again = views.single_views(samples, np.array(some), plain(), 4, 26, seed=0)
+    assert np.array_equal(np.concatenate([batch for _, batch in again]), numbers)
+    other = views.single_views(samples, np.array(some), plain(), 4, 26, seed=1)
+    assert len(some) == 1 or not np.array_equal(np.concatenate([batch for _, batch in other]), numbers)
+
+
+def test_single_views_are_distorted_as_view_b_is_and_each_differently(tars, plain):
+    samples = shards.Samples(tars)
+    (view, _), *_ = views.single_views(samples, np.array([7]), plain(solarize=(0.0, 1.0)), 2, 1, seed=0)
+    assert (view[:, :2, 4, 4] * 255).round().int().tolist() == [[7, 255 - 248]] * 2
+    cropped = plain(crop_area=(0.3, 1.0), brightness=0.4, jitter=1.0)
+    (view, _), *_ = views.single_views(samples, np.array([7]), cropped, 2, 1, seed=0)
+    assert not torch.equal(view[0], view[1])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the GPU path is not tested here")
 def test_gpu_gives_what_cpu_gives(tars, plain):
     settings = plain(size=16, jitter=1.0, brightness=0.4, contrast=0.4, solarize=(0.0, 1.0), blur=(1.0, 0.0))

@@ -18,7 +18,9 @@ STAGES = {
     "validate": "check the manifest with Great Expectations: data/accepted.parquet, data/quarantine.csv",
     "shard": "pack the accepted images, shuffled: data/shards/",
     "pretrain": "learn an encoder from unlabelled images: models/encoder.safetensors",
-    "evaluate": "linear probe, kNN and health of the frozen encoder: reports/evaluate.json",
+    "extract": "features of the encoder, of a random one and of pixels, computed once: data/features/",
+    "evaluate": "linear probe, kNN, few-label probes and health of these features: reports/evaluate.json",
+    "finetune": "train the whole network on labels, from pretrained and random weights: reports/finetune.json",
     "export": "write models/encoder.onnx and prove that it agrees with torch",
     "report": "write reports/index.html",
 }

@@ -1,29 +1,25 @@
-"""`barlow evaluate`: what the frozen encoder is worth, against a random one of the same shape.
+"""`barlow evaluate`: what the frozen features are worth, against those of a random network and against pixels.
 
-Reads models/encoder.safetensors and data/shards/{train,val,test}-*.tar. Writes reports/evaluate.json,
-reports/confusion.csv, models/head.safetensors (the linear probe, which `export` puts into the ONNX file) and
-data/features.safetensors (the test images' features, for the report).
-
-Protocol: features are the backbone's, of the whole image resized, with no augmentation. The probe's l2 is chosen on
-val; the probe and kNN learn from train alone; test is predicted once. Without labels only the health figures remain.
+Reads data/features. Writes reports/evaluate.json, reports/few_labels.csv, reports/confusion.csv and
+models/head.safetensors (the linear probe, which `export` puts into the ONNX file). The protocol, and what it does not
+show, is in docs/evaluation.md. Without labels only the health figures remain.
 """
 
 from __future__ import annotations
 
 import csv
-from itertools import islice
+from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from barlow import files, model, probe, shards, summary
-from barlow.features import CHUNK, Split, embed, labelled
-from barlow.params import Evaluate, Params, Views
-from barlow.views import TwinViews
+from barlow import features, files, model, probe, shards, summary
+from barlow.features import Split
+from barlow.params import Evaluate, Params
 
-MIN_HEALTH_IMAGES = 100  # in val; with fewer the health figures come from pretrain
-HEALTH_IMAGES = 2000  # that the health figures look at; pairwise distances cost its square
+PREFIXES = {"random": "random_", "pixels": "pixels_", "pretrained": ""}  # of the figures' names; what is kept is last's
 
 
 class Scores(NamedTuple):
@@ -32,73 +28,81 @@ class Scores(NamedTuple):
     metrics: dict[str, float]
     head: dict[str, Tensor]  # weight (classes, dim) and bias (classes,) of the linear probe
     predictions: Tensor  # int64 (test images,), the linear probe's
+    draws: list[tuple[str, int, int, float]]  # setting, labelled images, number of the draw, top-1 in percent
 
 
 def run(params: Params) -> None:
-    """Evaluate the pretrained and the random encoder, write the figures and print them as a table.
+    """Evaluate the three kinds of features, write the figures and print them as a table.
 
     Raises:
-        UserError: there is no encoder, or no shards.
+        UserError: `extract` has not run.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = model.load_encoder()[0].to(device)
-    torch.manual_seed(params.evaluate.seed)
-    random = model.FrozenEncoder(params.model, params.views).to(device)
-    classes = shards.classes()
-
+    p, classes = params.evaluate, shards.classes()
     metrics: dict[str, float] = {"classes": len(classes)}
-    for prefix, network in {"random_": random, "": encoder}.items():
-        splits = {name: embed(network, labelled(name), device) for name in ("train", "val", "test")}
-        scores = score(splits, len(classes), params.evaluate)
-        figures = scores.metrics | health(network, params.views, params.evaluate.seed, device)
+    draws = []
+    for encoder, prefix in PREFIXES.items():
+        splits = {name: features.load(encoder, name) for name in ("train", "val", "test")}
+        scores = score(splits, len(classes), p)
+        figures = scores.metrics | (health(encoder) if encoder != "pixels" else {})
         metrics |= {prefix + name: value for name, value in figures.items()}
-    metrics |= {f"{name}_images": len(split.keys) for name, split in splits.items()}
+        draws += [(encoder, *draw) for draw in scores.draws]
+    labelled = {name: int((split.labels >= 0).sum()) for name, split in splits.items()}
+    metrics |= {f"{name}_images": count for name, count in labelled.items()}
+    metrics |= {f"{setting}_images": count for _, setting, count, *_ in draws}
 
     model.save_weights(files.HEAD, scores.head, {"classes": classes if scores.head else []})
-    test = splits["test"]
-    if not test.keys:  # nearest neighbours tell something without labels too
-        test = embed(encoder, islice(shards.read(shards.tars("test")), HEALTH_IMAGES), device)
-    metadata = {"keys": test.keys, "classes": classes}
-    model.save_weights(files.FEATURES, {"features": test.features, "labels": test.labels}, metadata)
-    with files.replacing(files.CONFUSION) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["actual", "predicted"])
-        if scores.head:
-            for pair in zip(test.labels.tolist(), scores.predictions.tolist(), strict=True):
-                rows.writerow(classes[i] for i in pair)
+    write_csv(files.FEW_LABELS, ("encoder", "setting", "images", "draw", "top1"), draws)
+    pairs = zip(splits["test"].labels.tolist(), scores.predictions.tolist(), strict=False)  # nothing predicted, no pair
+    write_csv(files.CONFUSION, ("actual", "predicted"), ([classes[i] for i in pair] for pair in pairs))
     files.write_json(files.REPORTS / "evaluate.json", metrics)
     print(summary.table(metrics))
 
 
 def score(splits: dict[str, Split], classes: int, p: Evaluate) -> Scores:
-    """Fit the probe and kNN on train, choose on val, and read test once."""
-    if not all(len(split.keys) for split in splits.values()):
-        return Scores({}, {}, torch.zeros(0, dtype=torch.long))
-    train, val, test = ((split.features, split.labels) for split in splits.values())
+    """Fit the probes and kNN on train, choose on val, and read test once each."""
+    if not all((split.labels >= 0).any() for split in splits.values()):
+        return Scores({}, {}, torch.zeros(0, dtype=torch.long), [])
+    train, val, test = ((split.features.float(), split.labels) for split in splits.values())
     predicted = probe.predict(train, val, test[0], classes, p.probe_l2, p.knn_k, p.knn_temperature)
     metrics = {"linear_l2": predicted.l2}
     for name, predictions in {"linear": predicted.linear, "knn": predicted.knn}.items():
-        top1 = probe.accuracy(predictions, test[1])
-        low, high = probe.wilson_interval(top1, len(predictions))
-        metrics |= {f"{name}_top1": top1, f"{name}_top1_low": low, f"{name}_top1_high": high}
-    return Scores(metrics, {"weight": predicted.weight, "bias": predicted.bias}, predicted.linear)
+        metrics |= probe.figure(f"{name}_top1", [probe.accuracy(predictions, test[1])], len(test[1]))
+    draws = []
+    for name, each in settings(p).items():
+        top1 = []
+        for draw in range(p.draws):
+            chosen = probe.draw_labels(train[1], each, [p.seed, draw])
+            few = (train[0][chosen], train[1][chosen])
+            weight, bias, _ = probe.choose_linear(few, val, classes, p.probe_l2, unlabelled=train[0])
+            top1.append(probe.accuracy((test[0] @ weight.T + bias).argmax(1), test[1]))
+            draws.append((name, len(chosen), draw, top1[-1]))
+        if top1:
+            metrics |= probe.figure(f"{name}_top1", top1, len(test[1]))
+    return Scores(metrics, {"weight": predicted.weight, "bias": predicted.bias}, predicted.linear, draws)
 
 
-def health(encoder: model.FrozenEncoder, views: Views, seed: int, device: torch.device) -> dict[str, float]:
-    """Return what needs no label, from up to 2,000 images held out, or trained on where too few are held out."""
-    tars = shards.tars("val")
-    if shards.count(tars) < MIN_HEALTH_IMAGES:
-        tars = shards.tars("pretrain")
-    features = embed(encoder, islice(shards.read(tars), HEALTH_IMAGES), device).features
-    batch = min(len(features), CHUNK)
-    with torch.inference_mode():
-        twins = islice(TwinViews(tars, views, batch, seed), max(len(features) // batch, 1))
-        pairs = [[encoder.backbone(view.to(device)).cpu() for view in pair] for pair in twins]
-        view_a, view_b = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+def settings(p: Evaluate) -> dict[str, int | float]:
+    """Return how many labels the few-label probes get, by their names: a number a class, or a share of all."""
+    each = {f"labels_{count}": count for count in p.labels_per_class}
+    return each | {f"share_{100 * share:g}": share for share in p.label_shares}
+
+
+def health(encoder: str) -> dict[str, float]:
+    """Return what needs no label."""
+    whole, view_a, view_b = (features.load(encoder, name).features for name in ("health", "view_a", "view_b"))
     return {
-        "health_images": len(features),
-        "effective_rank": probe.effective_rank(features),
-        "feature_std": probe.spread(features),
+        "health_images": len(whole),
+        "effective_rank": probe.effective_rank(whole),
+        "feature_std": probe.spread(whole),
+        "feature_correlation": probe.redundancy(whole),
         "alignment": probe.alignment(view_a, view_b),
-        "uniformity": probe.uniformity(features),
+        "uniformity": probe.uniformity(whole),
     }
+
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a table, whole or not at all."""
+    with files.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -1,16 +1,19 @@
-"""Frozen features: the images of shards, decoded and put through an encoder with no augmentation."""
+"""Frozen features: the images of shards, decoded and put through an encoder with no augmentation; kept in a file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from barlow import files, images, model, probe, shards
+from barlow.errors import UserError
 
 CHUNK = 256  # images decoded and embedded at a time
 KNN = (20, 0.1)  # k and temperature while training runs; not evaluate's, of which pretraining must not depend
@@ -21,7 +24,7 @@ Pixels = TypeVar("Pixels")
 class Split(NamedTuple):
     """Images of a split as the encoder sees them."""
 
-    features: Tensor  # float32 (n, dim)
+    features: Tensor  # (n, dim), float32; uint8 where they are pixels
     labels: Tensor  # int64 (n,), -1: none
     keys: list[str]
 
@@ -51,14 +54,41 @@ def through(
     vectors: Callable[[Iterator[Pixels]], Tensor],
     dim: int,
 ) -> Split:
-    """Decode images in threads, some at a time, and put them through `vectors`: float32 (images, dim)."""
-    features, labels, keys = [torch.zeros(0, dim)], list[int](), list[str]()
+    """Decode images in threads, some at a time, and put them through `vectors`: (images, dim)."""
+    features, labels, keys = list[Tensor](), list[int](), list[str]()
     with ThreadPoolExecutor(files.cpus()) as pool:
         while chunk := list(islice(samples, CHUNK)):
             features.append(vectors(pool.map(decode, (sample.data for sample in chunk))))
             labels += [sample.label for sample in chunk]
             keys += [sample.key for sample in chunk]
-    return Split(torch.cat(features), torch.tensor(labels, dtype=torch.long), keys)
+    whole = torch.cat(features) if features else torch.zeros(0, dim)
+    return Split(whole, torch.tensor(labels, dtype=torch.long), keys)
+
+
+def save(encoder: str, splits: Mapping[str, Split]) -> None:
+    """Keep what an encoder made of some splits."""
+    tensors = dict[str, Tensor]()
+    for name, split in splits.items():
+        keys = np.array(split.keys, "S")
+        letters = keys.view(np.uint8).reshape(len(keys), keys.itemsize)
+        parts = zip(Split._fields, (split.features, split.labels, torch.from_numpy(letters)), strict=True)
+        tensors |= {f"{name}.{field}": tensor for field, tensor in parts}
+    model.save_weights(files.FEATURES / f"{encoder}.safetensors", tensors, {})
+
+
+def load(encoder: str, name: str) -> Split:
+    """Read a split of what `barlow extract` kept.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = files.FEATURES / f"{encoder}.safetensors"
+    if not path.exists():
+        raise UserError(f"{path} is missing; run `barlow extract` first")
+    with safe_open(path, framework="pt") as file:
+        features, labels, letters = (file.get_tensor(f"{name}.{field}") for field in Split._fields)
+    keys = letters.numpy().view(f"S{letters.shape[1]}").flatten() if letters.numel() else []
+    return Split(features, labels, [key.decode() for key in keys])
 
 
 def knn_on_val(encoder: model.FrozenEncoder, device: torch.device) -> dict[str, float]:

@@ -15,7 +15,7 @@ MANIFEST = Path("data/manifest.parquet")
 ACCEPTED = Path("data/accepted.parquet")
 QUARANTINE = Path("data/quarantine.csv")
 SHARDS = Path("data/shards")
-FEATURES = Path("data/features.safetensors")
+FEATURES = Path("data/features")  # of `barlow extract`: a file an encoder
 ENCODER = Path("models/encoder.safetensors")
 HEAD = Path("models/head.safetensors")
 CORRELATION = Path("models/correlation.safetensors")
@@ -27,6 +27,7 @@ DECISION = Path("models/decision.json")  # the last of `barlow promote`
 DRIFT = Path("models/drift.json")
 REPORTS = Path("reports")
 CONFUSION = REPORTS / "confusion.csv"
+FEW_LABELS = REPORTS / "few_labels.csv"
 
 
 @contextmanager

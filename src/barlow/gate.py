@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from barlow import files, images, model, probe, shards
+from barlow import features, files, images, probe, shards
 from barlow.encoder import Encoder, Vectors
 from barlow.errors import Refused
 from barlow.features import Split, labelled, through
@@ -94,14 +94,13 @@ def alone(test: Split, figures: dict[str, float], size: int, params: Params) -> 
 
 
 def parity(test: Split, min_cosine: float) -> Check:
-    """Compare onnxruntime's embeddings of the test images with those that torch left in data/features.safetensors."""
-    tensors, metadata = model.load_weights(files.FEATURES)
-    wanted = tensors["features"]
-    if metadata["keys"] != test.keys or wanted.shape != test.features.shape:
-        return Check("parity", False, f"{files.FEATURES} is of other images or another encoder; run `dvc repro`")
+    """Compare onnxruntime's embeddings of the test images with those that torch left in data/features."""
+    wanted = features.load("pretrained", "test")
+    if wanted.keys != test.keys or wanted.features.shape != test.features.shape:
+        return Check("parity", False, f"{files.FEATURES} are of other images or another encoder; run `dvc repro`")
     if not test.keys:
         return Check("parity", True, "no test images; `barlow export` has compared others")
-    cosine = float(torch.nn.functional.cosine_similarity(test.features.double(), wanted.double()).min())
+    cosine = float(torch.nn.functional.cosine_similarity(test.features.double(), wanted.features.double()).min())
     return _at_least("parity: smallest cosine to torch", cosine, min_cosine, "export.min_cosine")
 
 

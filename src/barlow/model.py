@@ -15,6 +15,7 @@ from torch.nn import functional
 from torchvision.models import resnet
 
 from barlow import distributed, files, params, strict
+from barlow.errors import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
 LAYERS = {"resnet10": [1, 1, 1, 1], "resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
@@ -158,7 +159,13 @@ def load_metadata(path: Path) -> dict[str, Any]:
 
 
 def load_encoder(path: Path = files.ENCODER) -> tuple[FrozenEncoder, dict[str, Any]]:
-    """Rebuild the frozen encoder from its weights alone; the metadata carries `model` and `views`."""
+    """Rebuild the frozen encoder from its weights alone; the metadata carries `model` and `views`.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing; run `barlow pretrain` first")
     tensors, metadata = load_weights(path)
     model = strict.build(params.Model, metadata["model"], str(path), "model")
     views = strict.build(params.Views, metadata["views"], str(path), "views")

@@ -15,6 +15,7 @@ PARAMS = Path("params.yaml")
 Count = Annotated[int, Range(0)]
 Positive = Annotated[int, Range(1)]
 Fraction = Annotated[float, Range(0, 1)]
+Share = Annotated[float, Range(1e-6, 0.999)]
 NonNegative = Annotated[float, Range(0)]
 Above0 = Annotated[float, Range(1e-12)]
 FractionPair = tuple[Fraction, Fraction]
@@ -130,6 +131,13 @@ class Pretrain:
 
 
 @dataclass(frozen=True)
+class Extract:
+    """The `extract` stage."""
+
+    seed: Count
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """The `evaluate` stage."""
 
@@ -137,6 +145,24 @@ class Evaluate:
     knn_k: Positive
     knn_temperature: Above0
     probe_l2: tuple[NonNegative, ...]
+    labels_per_class: tuple[Positive, ...]
+    label_shares: tuple[Share, ...]
+    draws: Count
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """The `finetune` stage."""
+
+    seed: Count
+    label_shares: tuple[Share, ...]
+    draws: Positive
+    steps: Positive
+    batch_size: Annotated[int, Range(2)]
+    lr: tuple[Above0, ...]
+    momentum: Fraction
+    weight_decay: NonNegative
+    supervised_budget: NonNegative
 
 
 @dataclass(frozen=True)
@@ -195,7 +221,9 @@ class Params:
     views: Views
     model: Model
     pretrain: Pretrain
+    extract: Extract
     evaluate: Evaluate
+    finetune: Finetune
     export: Export
     report: Report
     promote: Promote

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,18 +17,39 @@ Features = Float[Tensor, "batch dim"]
 Labels = Int[Tensor, " batch"]
 
 
-def fit_linear(features: Features, labels: Labels, classes: int, l2: float) -> tuple[Tensor, Tensor]:
-    """Fit multinomial logistic regression by L-BFGS on standardised features.
+def fit_linear(
+    features: Float[Tensor, "batch dim"],
+    labels: Int[Tensor, " batch"],
+    classes: int,
+    l2s: Sequence[float],
+    unlabelled: Float[Tensor, "unlabelled dim"] | None = None,
+) -> dict[float, tuple[Tensor, Tensor]]:
+    """Fit multinomial logistic regression on standardised features, once for each of `l2s`, by L-BFGS.
 
-    Minimises the mean cross-entropy + l2 / 2 * ||W||^2, where W acts on features of zero mean and unit deviation.
+    Minimises the mean cross-entropy + l2 / 2 * ||W||^2, where W acts on features of zero mean and unit deviation over
+    `unlabelled`, or over `features` where it is None. Each l2 starts from the solution of the next larger one.
 
     Returns:
-        weight (classes, dim) and bias (classes,) for the features as they came, the standardisation folded in.
+        for each l2, weight (classes, dim) and bias (classes,) for the features as they came, standardisation folded in.
     """
-    mean, deviation = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
+    reference = features if unlabelled is None else unlabelled
+    mean, deviation = reference.mean(0), reference.std(0, correction=0).clamp_min(1e-6)
     x = (features - mean) / deviation
+    basis = 1 / deviation  # what turns weights of the problem that is solved into those of the features
+    if len(x) < x.shape[1]:  # the solution lies in the span of the samples: fewer unknowns, the same optimum
+        u, values, directions = torch.linalg.svd(x, full_matrices=False)
+        x, basis = u * values, directions / deviation
     weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
     bias = torch.zeros(classes, device=x.device, requires_grad=True)
+    fitted = {}
+    for l2 in sorted(l2s, reverse=True):
+        _minimise(x, labels, weight, bias, l2)
+        folded = weight.detach() * basis if basis.ndim == 1 else weight.detach() @ basis
+        fitted[l2] = folded, bias.detach() - folded @ mean
+    return fitted
+
+
+def _minimise(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, l2: float) -> None:
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -35,15 +59,14 @@ def fit_linear(features: Features, labels: Labels, classes: int, l2: float) -> t
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    folded = weight.detach() / deviation
-    return folded, bias.detach() - folded @ mean
 
 
 def choose_linear(
     train: tuple[Float[Tensor, "train dim"], Int[Tensor, " train"]],
     val: tuple[Float[Tensor, "val dim"], Int[Tensor, " val"]],
     classes: int,
-    l2s: tuple[float, ...],
+    l2s: Sequence[float],
+    unlabelled: Float[Tensor, "unlabelled dim"] | None = None,
 ) -> tuple[Tensor, Tensor, float]:
     """Fit on `train` once for each of `l2s` and return (weight, bias, l2) of the one that is best on `val`."""
 
@@ -52,9 +75,22 @@ def choose_linear(
         logits = val[0] @ weight.T + bias
         return accuracy(logits.argmax(1), val[1]), -float(functional.cross_entropy(logits, val[1]))
 
-    fitted = {l2: fit_linear(*train, classes, l2) for l2 in l2s}
+    fitted = fit_linear(*train, classes, l2s, unlabelled)
     best = max(fitted, key=val_accuracy)
     return *fitted[best], best
+
+
+def draw_labels(labels: Labels, each: float | int, seed: Sequence[int]) -> Int[Tensor, " drawn"]:
+    """Draw images of every class: `each` of them, or all there are; below 1, that share of them, one at least.
+
+    Returns the numbers of the drawn images, in ascending order.
+    """
+    rng, drawn = np.random.default_rng([*seed, round(1e6 * each)]), []
+    for label in sorted(set(labels.tolist())):
+        of_class = (labels == label).nonzero().flatten().numpy()
+        wanted = round(each * len(of_class)) if each < 1 else min(round(each), len(of_class))
+        drawn.append(rng.choice(of_class, max(wanted, 1), replace=False))
+    return torch.from_numpy(np.sort(np.concatenate(drawn)))
 
 
 def knn(
@@ -116,6 +152,24 @@ def wilson_interval(percent: float, n: int) -> tuple[float, float]:
     return 100 * max(centre - half, 0), 100 * min(centre + half, 1)
 
 
+def mean_interval(percents: Sequence[float], n: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean of repeated accuracies in percent, all over the same `n` images.
+
+    Student's t over the repetitions (label draws, seeds) and, in quadrature, the error of `n` test images, which no
+    repetition makes smaller: law of total variance. One repetition leaves Wilson's interval.
+    """
+    mean, k = math.fsum(percents) / len(percents), len(percents)
+    low, high = wilson_interval(mean, n)
+    repeated = float(stats.t.ppf(0.975, k - 1) * np.std(percents, ddof=1) / math.sqrt(k)) if k > 1 else 0.0
+    return max(mean - math.hypot(mean - low, repeated), 0.0), min(mean + math.hypot(high - mean, repeated), 100.0)
+
+
+def figure(name: str, percents: Sequence[float], n: int) -> dict[str, float]:
+    """Return the mean of repeated accuracies over `n` images under `name`, with its `_low` and `_high`."""
+    low, high = mean_interval(percents, n)
+    return {name: math.fsum(percents) / len(percents), f"{name}_low": low, f"{name}_high": high}
+
+
 def paired_interval(better: int, worse: int, n: int) -> tuple[float, float]:
     """Return the 95 % confidence interval of the difference of two accuracies over the same `n` images, in points.
 
@@ -155,3 +209,16 @@ def uniformity(features: Features) -> float:
     """Return log E exp(-2 |x - y|^2) over pairs on the unit sphere; lower is more spread out (same paper)."""
     distances = torch.pdist(functional.normalize(features))
     return float((-2 * distances.square()).exp().mean().log())
+
+
+def redundancy(features: Features) -> float:
+    """Return the root mean square correlation between two different dimensions, 0 to 1; constant ones count as 0.
+
+    What the redundancy-reduction term drives down in the embedding (Zbontar et al., arXiv 2103.03230, eq. 1), here of
+    the representation.
+    """
+    x = features.double() - features.double().mean(0)
+    x = functional.normalize(x, dim=0)
+    correlation, dim = x.T @ x, x.shape[1]
+    off_diagonal = correlation.square().sum() - correlation.diagonal().square().sum()
+    return float((off_diagonal / max(dim * (dim - 1), 1)).sqrt())

@@ -1,6 +1,6 @@
 """`barlow promote`: put models/encoder.onnx into production, if the gate lets it.
 
-Reads models/encoder.onnx, data/shards, data/features.safetensors, reports/{validation,pretrain,evaluate,export}.json
+Reads models/encoder.onnx, data/shards, data/features, reports/{validation,pretrain,evaluate,export}.json
 and the registry. Writes models/decision.json and, in the registry, a new version, the link to it, and the log.
 
 promoted: every check holds, or there is no version yet and those that need none hold. unchanged: this very file is

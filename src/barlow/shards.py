@@ -100,9 +100,10 @@ class Samples:
 
     def __init__(self, tars: list[Path]) -> None:
         lines = [_index_lines(tar) for tar in tars]
-        spans = [line.split(" ", 3)[1:3] for part in lines for line in part]
+        fields = [line.split(" ", 6) for part in lines for line in part]
+        spans = [(offset, size, label) for _, offset, size, _, _, label, _ in fields]
         self.sides = np.concatenate([np.empty((0, 2), np.int32), *map(_load_sides, tars, map(len, lines))])
-        self._offsets, self._sizes = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+        self._offsets, self._sizes, self._label_offsets = np.array(spans, dtype=np.int64).reshape(-1, 3).T
         self._tar = np.repeat(np.arange(len(tars)), [len(part) for part in lines])
         self._tars = tars
         self._map = lru_cache(OPEN_TARS)(self._open)
@@ -122,6 +123,11 @@ class Samples:
             UserError: a tar is shorter than its index says.
         """
         return [np.frombuffer(self._map(tar), np.uint8, size, offset) for tar, offset, size in self._places(numbers)]
+
+    def labels(self) -> Indices:
+        """Return the label of every image, int64 (len(),); -1: none."""
+        places = zip(self._tar.tolist(), self._label_offsets.tolist(), strict=True)
+        return np.array([struct.unpack_from("<i", self._map(tar), offset)[0] for tar, offset in places], np.int64)
 
     def keys(self, numbers: Indices) -> list[str]:
         """Return the keys of images, read from the indexes."""

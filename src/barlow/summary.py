@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from barlow import files
@@ -11,7 +12,7 @@ REPORT = files.REPORTS / "index.html"
 
 
 def run() -> None:
-    """Print reports/evaluate.json as a table.
+    """Print reports/evaluate.json and reports/finetune.json as a table.
 
     Raises:
         UserError: nothing was evaluated yet.
@@ -19,26 +20,55 @@ def run() -> None:
     path = files.REPORTS / "evaluate.json"
     if not path.exists():
         raise UserError(f"{path} is missing; `make repro` or `dvc repro` makes it")
-    print(table(files.read_json(path)))
+    finetuned = files.REPORTS / "finetune.json"
+    print(table(files.read_json(path) | (files.read_json(finetuned) if finetuned.exists() else {})))
     for what, where in {"encoder": files.ONNX, "report": REPORT}.items():
         print(f"{what:<26}{where if where.exists() else 'not there: run `dvc repro`'}")
 
 
 def table(metrics: Mapping[str, float]) -> str:
-    """Return the headline figures, pretrained against random, as text."""
-    lines = [f"{'':<26}{'pretrained':>22}{'random encoder':>22}"]
-    for name, text in {"linear_top1": "linear probe, top-1 %", "knn_top1": "weighted kNN, top-1 %"}.items():
-        if name in metrics:
-            cells = [
-                f"{metrics[key]:.1f} ({metrics[f'{key}_low']:.1f} to {metrics[f'{key}_high']:.1f})"
-                for key in (name, f"random_{name}")
-            ]
-            lines.append(f"{text:<26}{cells[0]:>22}{cells[1]:>22}")
+    """Return the headline figures, pretrained against both baselines, as text: top-1 in percent, 95 % intervals."""
+    lines = [f"{'':<26}" + "".join(f"{name:>22}" for name in ("pretrained", "random encoder", "pixels"))]
+    for name, text in rows(metrics):
+        keys = columns_of(name)
+        cells = [
+            f"{metrics[k]:.1f} ({metrics[f'{k}_low']:.1f} to {metrics[f'{k}_high']:.1f})" if k in metrics else ""
+            for k in keys
+        ]
+        lines.append(f"{text:<26}" + "".join(f"{cell:>22}" for cell in cells).rstrip())
     if len(lines) == 1:
         lines.append("no labels in each of train, val and test: only the health of the features can be told")
     for name in ("effective_rank", "alignment", "uniformity"):
-        lines.append(f"{name.replace('_', ' '):<26}{metrics[name]:>22.2f}{metrics[f'random_{name}']:>22.2f}")
+        if name in metrics:
+            lines.append(f"{name.replace('_', ' '):<26}{metrics[name]:>22.2f}{metrics[f'random_{name}']:>22.2f}")
     return "\n".join(lines)
+
+
+def rows(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return the name of each accuracy that was measured, without `_top1`, and what to call it."""
+    few = [name.removesuffix("_images") for name in metrics if re.fullmatch(r"(labels|share)_[\d.]+_images", name)]
+    few.sort(key=lambda name: (metrics[f"{name}_images"], name))
+    calls = {"linear": "linear probe", "knn": "weighted kNN", **{name: few_words(name) for name in few}}
+    calls |= {f"finetuned_{name}": f"fine-tuned, {few_words(name)}" for name in few}
+    calls["supervised"] = "supervised, all labels"
+    return [(name, text) for name, text in calls.items() if f"{name}_top1" in metrics]
+
+
+def columns_of(name: str) -> list[str]:
+    """Return the keys of an accuracy for the pretrained encoder, the random one and pixels."""
+    if name == "supervised":
+        return ["", "supervised_top1", ""]
+    if name.startswith("finetuned_"):
+        return [f"{name}_top1", f"{name.replace('finetuned', 'scratch')}_top1", ""]
+    return [f"{prefix}{name}_top1" for prefix in ("", "random_", "pixels_")]
+
+
+def few_words(name: str) -> str:
+    """Put the name of a few-label setting into words."""
+    kind, _, number = name.partition("_")
+    if kind == "share":
+        return f"{number} % of labels"
+    return f"{number} label{'s' if number != '1' else ''} a class"
 
 
 def columns(figures: Mapping[str, Mapping[str, float]]) -> str:

@@ -51,7 +51,7 @@ def cross_fitted_scores(x: Array, y: Array, rng: np.random.Generator) -> tuple[A
     fold, scores = np.arange(k) % FOLDS, np.empty((2, k))
     for held in (fold == i for i in range(FOLDS)):
         train = torch.from_numpy(np.concatenate([x[~held], y[~held]]).astype(np.float32))
-        weight, _ = fit_linear(train, torch.arange(2).repeat_interleave(len(train) // 2), 2, L2)
+        weight, _ = fit_linear(train, torch.arange(2).repeat_interleave(len(train) // 2), 2, (L2,))[L2]
         direction = (weight[1] - weight[0]).double().numpy()
         logits = (np.concatenate([x[held], y[held]]) @ direction).astype(np.float32)  # equal rows, equal logits
         scores[:, held] = _wins(logits, logits).mean(axis=1).reshape(2, -1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import count, islice
+from itertools import chain, count, islice
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,13 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
-def twin_pipeline(batches: Any, views: params.Views) -> Any:
-    """Decode once, distort twice; `batches` yields (encoded images, *distortions of A, *distortions of B)."""
-    encoded, *drawn = fn.external_source(batches, num_outputs=1 + 2 * len(Distortion._fields))
+def view_pipeline(batches: Any, views: params.Views, count: int) -> Any:
+    """Decode once, distort `count` times; `batches` yields (encoded images, *distortions of one view, *of the next)."""
+    n = len(Distortion._fields)
+    encoded, *drawn = fn.external_source(batches, num_outputs=1 + count * n)
     device = "cpu" if Pipeline.current().device_id is None else "mixed"
     pixels = fn.decoders.image(encoded, device=device, output_type=types.RGB)
-    middle = len(Distortion._fields)
-    return tuple(augment(pixels, Distortion(*d), views) for d in (drawn[:middle], drawn[middle:]))
+    return tuple(augment(pixels, Distortion(*drawn[i * n : (i + 1) * n]), views) for i in range(count))
 
 
 def epoch_order(n: int, fill: int, rng: np.random.Generator) -> Indices:
@@ -139,7 +139,7 @@ class TwinViews:
     def build(self) -> None:
         """Build the pipeline; who iterates does it anyway, and waits."""
         if self._pipeline is None:
-            self._pipeline = twin_pipeline(self._source(self._step), self._views, **self._options)
+            self._pipeline = view_pipeline(self._source(self._step), self._views, 2, **self._options)
             self._pipeline.build()
 
     def _run(self) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ class TwinViews:
         return order[: self._batches * self._batch_size].reshape(self._batches, self._batch_size)
 
     def _source(self, step: int) -> Iterator[tuple[Any, ...]]:
-        """Yield this rank's part of each global batch from `step` on, for `twin_pipeline`."""
+        """Yield this rank's part of each global batch from `step` on, for `view_pipeline`."""
         for epoch in count(step // self._batches):
             whole = self._epoch(epoch)
             for batch in range(step % self._batches, self._batches):
@@ -173,6 +173,34 @@ class TwinViews:
                 drawn = (array for view in (0, 1) for array in draw(self._views, view, sides, rng))
                 yield self._samples.read(whole[batch, self._part]), *(array[self._part] for array in drawn)
             step = 0
+
+
+def single_views(
+    samples: shards.Samples,
+    numbers: Indices,
+    views: params.Views,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    device_id: int | None = None,
+) -> Iterator[tuple[Tensor, Indices]]:
+    """Yield `steps` batches of one distorted view each, drawn as view B is, with the numbers of their images.
+
+    The images are `numbers` of `samples`, as often as it takes, in a new order each time; the views are normalised
+    float32 (batch_size, 3, size, size) tensors on the device.
+    """
+    rng = np.random.default_rng(seed)
+    endless = chain.from_iterable(rng.permutation(numbers) for _ in count())
+    batches = [np.fromiter(islice(endless, batch_size), np.int64, batch_size) for _ in range(steps)]
+
+    def source() -> Iterator[tuple[Any, ...]]:
+        for batch in batches:
+            yield samples.read(batch), *draw(views, 1, samples.sides[batch], rng)
+
+    options = {"batch_size": batch_size, "device_id": device_id, "num_threads": files.cpus()}
+    pipeline = view_pipeline(source(), views, 1, **options)
+    for batch in batches:
+        yield from_dlpack(pipeline.run()[0].as_tensor()), batch
 
 
 def _undecodable(tars: list[Path]) -> str:
@@ -203,7 +231,7 @@ def pairs(tars: list[Path], views: params.Views, n: int, seed: int) -> tuple[Pix
     sides = samples.sides[:n]
     batch = (samples.read(np.arange(n)), *draw(views, 0, sides, rng), *draw(views, 1, sides, rng))
     options = {"num_threads": files.cpus(), "device_id": None, "prefetch_queue_depth": 1}
-    pipeline = twin_pipeline(lambda: batch, views, batch_size=n, **options)
+    pipeline = view_pipeline(lambda: batch, views, 2, batch_size=n, **options)
     mean, std = np.array(views.mean), np.array(views.std)
     normalized = [np.asarray(view.as_tensor()).transpose(0, 2, 3, 1) for view in pipeline.run()]
     view_a, view_b = ((255 * (view * std + mean)).round().clip(0, 255).astype(np.uint8) for view in normalized)

@@ -1,0 +1,82 @@
+"""`barlow extract`: what three encoders make of the images, computed once and kept for all that is measured on it.
+
+Reads models/encoder.safetensors and data/shards. Writes data/features/{pretrained,random,pixels}.safetensors, which
+`features.load` reads. The two baselines are an untrained network of the same shape, and the pixels themselves.
+
+Features are the backbone's, of the whole image resized, with no augmentation. Of train, val and test they are those of
+the labelled images (of a test split without labels: of its first images); `health` are images of val, or of pretrain
+where val is small, and `view_a` and `view_b` two distorted views of as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, islice
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from barlow import features, files, images, model, shards
+from barlow.features import CHUNK, Split
+from barlow.params import Params
+from barlow.views import TwinViews
+
+MIN_HEALTH_IMAGES = 100  # in val; with fewer the health figures come from pretrain
+HEALTH_IMAGES = 2000  # that the health figures look at; pairwise distances cost its square
+PIXELS = 32  # px, the side of the images that are features themselves, at most
+
+
+def run(params: Params) -> None:
+    """Write the features of the pretrained encoder and of both baselines.
+
+    Raises:
+        UserError: there is no encoder, or no shards.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = model.load_encoder()[0].to(device)
+    torch.manual_seed(params.extract.seed)
+    random = model.FrozenEncoder(params.model, params.views).to(device)
+    for name, network in {"pretrained": encoder, "random": random}.items():
+        splits = {split: features.embed(network, images_of(split), device) for split in ("train", "val", "test")}
+        features.save(name, splits | health(network, params, device))
+    side = min(params.views.size, PIXELS)
+    features.save("pixels", {split: pixels(split, side) for split in ("train", "val", "test")})
+    print(f"{files.FEATURES}: " + ", ".join(f"{len(split.keys)} images of {name}" for name, split in splits.items()))
+
+
+def images_of(split: str) -> Iterator[shards.Sample]:
+    """Yield the labelled images of a split; of a test split without labels the first, for their neighbours."""
+    samples = features.labelled(split)
+    first = next(samples, None)
+    if first is not None:
+        return chain([first], samples)
+    return islice(shards.read(shards.tars(split)), HEALTH_IMAGES if split == "test" else 0)
+
+
+def health(encoder: model.FrozenEncoder, params: Params, device: torch.device) -> dict[str, Split]:
+    """Return features that need no label, of up to 2,000 images and of both views of as many."""
+    tars = shards.tars("val")
+    if shards.count(tars) < MIN_HEALTH_IMAGES:
+        tars = shards.tars("pretrain")
+    whole = features.embed(encoder, islice(shards.read(tars), HEALTH_IMAGES), device)
+    batch = min(len(whole.keys), CHUNK)
+    with torch.inference_mode():
+        twins = islice(TwinViews(tars, params.views, batch, params.extract.seed), max(len(whole.keys) // batch, 1))
+        pairs = [[encoder.backbone(view.to(device)).cpu() for view in pair] for pair in twins]
+    views = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    unlabelled = torch.zeros(0, dtype=torch.long)
+    return {"health": whole} | {
+        name: Split(view, unlabelled, []) for name, view in zip(("view_a", "view_b"), views, strict=True)
+    }
+
+
+def pixels(split: str, side: int) -> Split:
+    """Return images shrunk to `side` squared as features, uint8 (n, 3 * side * side)."""
+
+    def shrunk(data: bytes) -> Tensor:
+        image = torch.tensor(images.decode(data))[None].permute(0, 3, 1, 2).float()
+        resized = functional.interpolate(image, (side, side), mode="bilinear", antialias=True)
+        return resized.round().clamp(0, 255).to(torch.uint8).flatten(1)
+
+    return features.through(images_of(split), shrunk, lambda parts: torch.cat(list(parts)), 3 * side**2)

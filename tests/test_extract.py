@@ -1,0 +1,104 @@
+import dataclasses
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from barlow import extract, features, files, images, model, probe, shards
+from barlow.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, small_shards, smoke, one_thread):
+    """A project in which `extract` ran."""
+    folder = tmp_path_factory.mktemp("extract")
+    (folder / "data").mkdir()
+    (folder / "data/shards").symlink_to(small_shards)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.manual_seed(7)
+        encoder = model.FrozenEncoder(smoke.model, smoke.views)
+        identity = {"model": dataclasses.asdict(smoke.model), "views": dataclasses.asdict(smoke.views)}
+        model.save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
+        extract.run(smoke)
+    return folder
+
+
+@pytest.fixture
+def extracted(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def unlabelled(folder, source, *splits):
+    """Fill a folder with shards of which some splits have no labels."""
+    for split in ("pretrain", "train", "val", "test"):
+        samples = shards.read(shards.tars(split, source))
+        shards.write(folder / f"{split}-000000.tar", (s._replace(label=-1) if split in splits else s for s in samples))
+    files.write_json(folder / shards.CLASSES, shards.classes(source))
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_features_are_those_of_the_encoder_image_by_image(extracted, split):
+    encoder = model.load_encoder()[0]
+    samples = list(shards.read(shards.tars(split)))
+    expected = torch.cat([encoder(torch.tensor(images.decode(sample.data))[None]) for sample in samples])
+    found = features.load("pretrained", split)
+    torch.testing.assert_close(found.features, expected, atol=1e-4, rtol=1e-4)
+    assert found.labels.tolist() == [sample.label for sample in samples]
+    assert found.keys == [sample.key for sample in samples]
+
+
+def test_the_random_encoder_is_another_of_the_same_shape_and_the_same_each_time(extracted, smoke):
+    found = features.load("random", "test")
+    assert found.features.shape == (60, 512)
+    assert not torch.allclose(found.features, features.load("pretrained", "test").features, atol=0.1)
+    torch.manual_seed(smoke.extract.seed)
+    again = features.embed(
+        model.FrozenEncoder(smoke.model, smoke.views), features.labelled("test"), torch.device("cpu")
+    )
+    torch.testing.assert_close(found.features, again.features)
+
+
+def test_pixels_are_the_image_shrunk(extracted, smoke):
+    sample = next(shards.read(shards.tars("val")))
+    image = Image.fromarray(images.decode(sample.data)).resize((24, 24), Image.Resampling.BILINEAR)
+    found = features.load("pixels", "val")
+    assert (found.features.shape, found.features.dtype) == ((30, 3 * 24 * 24), torch.uint8)
+    planes = found.features[0].reshape(3, 24, 24).permute(1, 2, 0).numpy()
+    assert np.abs(planes.astype(int) - np.asarray(image).astype(int)).max() <= 1  # rounding
+
+
+def test_the_views_are_pairs(extracted):
+    """Two views of one image are more alike than those of two images."""
+    view_a, view_b = (features.load("pretrained", name).features for name in ("view_a", "view_b"))
+    assert len(view_a) == len(view_b) == 200
+    assert probe.alignment(view_a, view_b) < probe.alignment(view_a, view_b.roll(1, 0))
+
+
+def test_health_looks_at_pretrain_where_val_is_small(extracted):
+    keys = [sample.key for sample in shards.read(shards.tars("pretrain"))]
+    assert features.load("pretrained", "health").keys == keys
+
+
+def test_health_looks_at_val_where_it_is_large(extracted, monkeypatch, smoke):
+    monkeypatch.setattr(extract, "MIN_HEALTH_IMAGES", 10)
+    splits = extract.health(model.load_encoder()[0], smoke, torch.device("cpu"))
+    assert splits["health"].keys == [sample.key for sample in shards.read(shards.tars("val"))]
+    assert len(splits["view_a"].features) == 30
+
+
+def test_of_a_test_split_without_labels_the_first_images_are_kept(tmp_path, monkeypatch, small_shards):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(extract, "HEALTH_IMAGES", 7)
+    unlabelled(files.SHARDS, small_shards, "train", "test")
+    found = list(extract.images_of("test"))
+    assert [sample.key for sample in found] == [s.key for s in islice(shards.read(shards.tars("test")), 7)]
+    assert list(extract.images_of("train")) == []
+    assert len(list(extract.images_of("val"))) == 30
+
+
+def test_there_is_nothing_to_extract_without_an_encoder(project, smoke):
+    with pytest.raises(UserError, match=r"models/encoder\.safetensors is missing; run `barlow pretrain`"):
+        extract.run(smoke)

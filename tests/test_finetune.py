@@ -1,0 +1,95 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from barlow import files, finetune, model, shards
+from barlow.finetune import Study
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def params(smoke, change):
+    return change(smoke, "finetune", steps=6, batch_size=16, lr=(0.02,), draws=2, label_shares=(0.5,))
+
+
+@pytest.fixture
+def encoder(project, smoke):
+    torch.manual_seed(7)
+    encoder = model.FrozenEncoder(smoke.model, smoke.views)
+    identity = {"model": dataclasses.asdict(smoke.model), "views": dataclasses.asdict(smoke.views)}
+    model.save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
+    return encoder
+
+
+def test_figures_and_learning_rates(encoder, params, change, capsys):
+    finetune.run(change(params, "finetune", supervised_budget=0.1))
+    metrics = files.read_json("reports/finetune.json")
+    for name in ("finetuned_share_50", "scratch_share_50", "supervised"):
+        assert 0 <= metrics[f"{name}_top1_low"] <= metrics[f"{name}_top1"] <= metrics[f"{name}_top1_high"] <= 100
+        assert metrics[f"{name}_lr"] == 0.02
+    # 2 epochs of 3 batches of 64 are 384 images; a tenth of them in batches of 16
+    assert metrics["supervised_images"] == 2 * 16
+    assert f"supervised              {metrics['supervised_top1']:.1f} (" in capsys.readouterr().out
+
+
+def test_the_supervised_network_can_be_left_out(encoder, params, change):
+    finetune.run(change(params, "finetune", supervised_budget=0.0, draws=1, steps=1))
+    assert not [name for name in files.read_json("reports/finetune.json") if "supervised" in name]
+
+
+def test_training_learns_the_labels_it_is_given_and_starts_where_it_is_told(encoder, params, change):
+    """All weights move, the labels are learnt, and no steps at a rate of 0 leave the start as it was."""
+    study = Study(change(params, "finetune", batch_size=32))
+    start = {name: tensor.clone() for name, tensor in encoder.backbone.state_dict().items()}
+    learnt = study.top1(start, study.labelled, 0.05, 40, "train")
+    assert learnt > 60
+    assert learnt > study.top1(start, study.labelled, 1e-9, 2, "train") + 20
+    for name, tensor in encoder.backbone.state_dict().items():
+        assert torch.equal(tensor, start[name])  # the caller's weights are not touched
+
+
+def test_only_the_drawn_images_are_trained_on(encoder, params):
+    study, seen = Study(params), []
+
+    class Recorder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(4))
+
+        def forward(self, view):
+            seen.append(view.shape)
+            return self.weight.expand(len(view), 4)
+
+    read = study.samples.read
+    asked = []
+    study.samples.read = lambda numbers: asked.append(numbers) or read(numbers)
+    study.fit(Recorder(), np.array([3, 8, 11]), 0.1, 6)
+    assert seen == [(16, 3, 24, 24)] * 6
+    assert set(np.concatenate(asked).tolist()) == {3, 8, 11}
+
+
+def test_the_learning_rate_is_chosen_on_val(encoder, params, change, monkeypatch):
+    study, asked = Study(change(params, "finetune", lr=(0.1, 0.2, 0.3))), []
+    accuracies = {0.1: 30.0, 0.2: 50.0, 0.3: 40.0}
+
+    def top1(start, numbers, lr, steps, split):
+        asked.append((lr, split))
+        return accuracies[lr]
+
+    monkeypatch.setattr(study, "top1", top1)
+    figures = study.few_labels("finetuned_share_50", None, 0.5)
+    assert figures["finetuned_share_50_lr"] == 0.2
+    assert asked == [(0.1, "val"), (0.2, "val"), (0.3, "val"), (0.2, "test"), (0.2, "test")]
+
+
+def test_without_labels_there_is_nothing_to_finetune(encoder, params, small_shards):
+    files.SHARDS.unlink()
+    for split in ("pretrain", "train", "val", "test"):
+        samples = shards.read(shards.tars(split, small_shards))
+        shards.write(files.SHARDS / f"{split}-000000.tar", (sample._replace(label=-1) for sample in samples))
+    files.write_json(files.SHARDS / shards.CLASSES, [])
+    finetune.run(params)
+    assert list(files.read_json("reports/finetune.json")) == ["seconds"]
