@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+import typing
 
 import pytest
 import torch
 from torch import nn
 
 from barlow import distributed, model
-from barlow.loss import barlow_twins_loss
+from barlow.ablation import ablated_loss
+from barlow.params import Ablation
 
 WORLD = 4  # two are in test_pretrain, which trains with them
 WORKER = """
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from barlow import distributed, model
+from barlow.ablation import ablated_loss
 from barlow.loss import barlow_twins_loss
 
 torch.set_num_threads(1)
@@ -33,11 +36,11 @@ def counted(collective, argument):
     return call
 
 for name, case in torch.load(sys.argv[1], weights_only=True).items():
-    weight = case["weight"].requires_grad_()
+    weight = case["weight"].clone().requires_grad_()
     views = [view.chunk(world)[rank] for view in case["views"]]
     originals, sent = (dist.all_reduce, dist.all_gather_into_tensor), 0
     dist.all_reduce, dist.all_gather_into_tensor = counted(originals[0], 0), counted(originals[1], 1)
-    loss = barlow_twins_loss(*(view @ weight for view in views), 0.0051)
+    loss = ablated_loss(*(view @ weight for view in views), 0.0051, case["ablate"])
     loss.total.backward()
     dist.all_reduce, dist.all_gather_into_tensor = originals
     dist.all_reduce(weight.grad)  # DistributedDataParallel's mean
@@ -90,7 +93,9 @@ def cases():
         views = [torch.randn(n, 8, generator=generator) for _ in range(2)]
         for i, part in enumerate(views[0].chunk(4)):
             part.mul_(1 + i).add_(i)
-        drawn[name] = {"weight": torch.randn(8, dim, generator=generator), "views": views}
+        weight = torch.randn(8, dim, generator=generator)
+        for ablate in (None, *typing.get_args(Ablation)):
+            drawn[name if ablate is None else f"{name} {ablate}"] = {"weight": weight, "views": views, "ablate": ablate}
     return drawn
 
 
@@ -114,12 +119,14 @@ def processes(tmp_path_factory, cases, images):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ablate", [None, *typing.get_args(Ablation)])
 @pytest.mark.parametrize("form", ["dual", "direct"])
-def test_gradient_does_not_depend_on_the_number_of_processes(processes, cases, form):
-    weight = cases[form]["weight"].double().requires_grad_()
-    expected = barlow_twins_loss(*(view.double() @ weight for view in cases[form]["views"]), 0.0051).total
+def test_gradient_does_not_depend_on_the_number_of_processes(processes, cases, form, ablate):
+    case = form if ablate is None else f"{form} {ablate}"
+    weight = cases[case]["weight"].double().requires_grad_()
+    expected = ablated_loss(*(view.double() @ weight for view in cases[case]["views"]), 0.0051, ablate).total
     expected.backward()
-    result = processes[form]
+    result = processes[case]
     assert result["total"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert (result["gradient"] - weight.grad).norm() / weight.grad.norm() <= 1e-5
 

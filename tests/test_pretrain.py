@@ -21,6 +21,7 @@ from barlow import checkpoint, curves, files, images, model, pretrain, shards
 from barlow.errors import Interrupted, UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+NORMS = "weight_norm", "gradient_norm"
 
 
 def run(params):
@@ -75,8 +76,14 @@ def test_it_learns_and_writes_what_later_stages_read(project, smoke, change):
     assert metadata["data"] == shards.digest(shards.tars("pretrain"))
     assert loaded(torch.zeros(1, 28, 28, 3, dtype=torch.uint8)).shape == (1, 512)
     corners, _ = model.load_weights(files.CORRELATION)
-    assert {name: corner.shape for name, corner in corners.items()} == {"before": (64, 64), "after": (64, 64)}
-    assert corners["after"].diagonal().mean() > corners["before"].diagonal().mean()
+    assert {name: corner.shape for name, corner in corners.items()} == dict.fromkeys(
+        ["after", "before", "during"], (64, 64)
+    )
+    diagonals = [corners[name].diagonal().mean() for name in ("before", "during", "after")]
+    assert diagonals == sorted(diagonals)
+    for name in NORMS:
+        assert len(set(curve(name))) == 3
+        assert 0 < curve(name)[-1] == pytest.approx(report[name])
     assert list(checkpoint.FOLDER.iterdir()) == []
 
 
@@ -110,6 +117,14 @@ def test_stopped_and_run_again_equals_an_undisturbed_run(project, smoke, undistu
     assert encoder == expected
     assert report["loss"] == expected_report["loss"]
     assert curve("loss") == losses
+    assert [report[name] for name in NORMS] == [expected_report[name] for name in NORMS]
+
+
+@pytest.mark.parametrize("ablate", ["normalisation", "invariance", "stop-gradient"])
+def test_an_ablation_makes_another_run(project, smoke, change, undisturbed, ablate):
+    encoder, _ = run(change(smoke, "pretrain", ablate=ablate))
+    assert encoder != undisturbed[0]
+    assert model.load_encoder()[1]["pretrain"]["ablate"] == ablate
 
 
 def test_a_usr1_signal_stops_as_well(project, smoke, monkeypatch):
@@ -257,8 +272,14 @@ def gentle(smoke):
 
 
 @pytest.fixture(scope="module")
-def gentle_losses(tmp_path_factory, small_shards, gentle):
-    return alone(tmp_path_factory, small_shards, gentle)[2]
+def gentle_alone(tmp_path_factory, small_shards, gentle):
+    """The report and the losses of one process."""
+    return alone(tmp_path_factory, small_shards, gentle)[1:]
+
+
+@pytest.fixture(scope="module")
+def gentle_losses(gentle_alone):
+    return gentle_alone[1]
 
 
 def children(pid):
@@ -340,7 +361,7 @@ def test_two_processes_are_killed_then_stopped_and_one_goes_on_along_the_same_cu
 
 @pytest.mark.slow
 def test_torchrun_starts_the_processes_again_and_they_end_as_one_does(
-    project, gentle, gentle_losses, change, monkeypatch
+    project, gentle, gentle_alone, change, monkeypatch
 ):
     params = change(gentle, "pretrain", checkpoint_steps=2)
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"
@@ -352,7 +373,9 @@ def test_torchrun_starts_the_processes_again_and_they_end_as_one_does(
     assert process.returncode == 0, Path("stderr").read_text()[-3000:]
     assert re.search(r"^going on from step \d+ of 24$", said, re.MULTILINE)
     assert said.count("epoch 4/4") == 1  # one of them tells
-    assert_close(curve("loss"), gentle_losses)
+    report, losses = gentle_alone
+    assert_close(curve("loss"), losses)
+    assert [curve(name)[-1] for name in NORMS] == pytest.approx([report[name] for name in NORMS], rel=5e-3)
     assert files.ENCODER.exists()
 
 

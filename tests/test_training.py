@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from barlow import checkpoint, model, pretrain, shards, training
+from barlow import ablation, checkpoint, model, pretrain, shards, training
 from barlow.errors import UserError
-from barlow.loss import BarlowTwinsLoss
+from barlow.loss import BarlowTwinsLoss, barlow_twins_loss
 from barlow.schedule import warmup_cosine
 from barlow.training import Training
 from barlow.views import TwinViews
@@ -65,6 +65,8 @@ def test_an_epochs_row_holds_the_means(project, smoke):
             "off_diagonal": 60.0 / (64 * 63),
             "lr": 0.25,
             "std": unit.std(0).mean() * 8,
+            "weight_norm": math.sqrt(sum(w.double().square().sum().item() for w in run.network.parameters())),
+            "gradient_norm": 0.0,  # no step was taken
             "seconds": 2.0,
         }
     )
@@ -74,7 +76,32 @@ def test_an_epochs_row_holds_the_means(project, smoke):
     np.testing.assert_allclose(
         run.correlation["before"], np.corrcoef(*(view.T for view in views[0]))[:64, 64:], atol=1e-4
     )
+    np.testing.assert_allclose(
+        run.correlation["during"], np.corrcoef(*(view.T for view in views[3]))[:64, 64:], atol=1e-4
+    )
     assert "after" not in run.correlation
+
+
+def test_the_gradients_norm_is_that_of_the_epochs_last_step(project, smoke):
+    run = Training(smoke, CPU)
+    for factor in (1.0, 2.0, 3e30):  # the square of the last is no float32
+        loss = factor * sum(w.sum() for w in run.weights + run.biases)
+        run.update(BarlowTwinsLoss(loss, loss, loss))
+        run.step += 1
+        entries = sum(w.numel() for w in run.network.parameters())
+        assert float(run.gradient_norm) == pytest.approx(factor * math.sqrt(entries) if run.step == 3 else 0.0)
+
+
+@pytest.mark.parametrize("batch_size", [200, 100])
+def test_a_run_of_one_or_two_steps_keeps_all_three_matrices(project, smoke, change, batch_size):
+    run = Training(change(smoke, "pretrain", epochs=1, batch_size=batch_size), CPU)
+    assert run.total_steps == 200 // batch_size
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(run.total_steps):
+        pair = [torch.randn(8, 64, generator=generator) for _ in range(2)]
+        run.record(BarlowTwinsLoss(*torch.ones(3)), *pair)
+    assert list(run.correlation) == ["before", "during", "after"]
+    assert torch.equal(run.correlation["during"], run.correlation["after"])
 
 
 def test_collapse_is_told_with_figure_and_bound():
@@ -101,10 +128,10 @@ def spoil(monkeypatch, step, how):
     """Let the loss of one step go through `how(loss, z_a)`."""
     steps = iter(range(1000))
 
-    def spoiled(z_a, z_b, lambd, loss=pretrain.barlow_twins_loss):
-        return how(loss(z_a, z_b, lambd), z_a) if next(steps) == step else loss(z_a, z_b, lambd)
+    def spoiled(z_a, z_b, lambd, group, loss=ablation.barlow_twins_loss):
+        return how(loss(z_a, z_b, lambd, group), z_a) if next(steps) == step else loss(z_a, z_b, lambd, group)
 
-    monkeypatch.setattr(pretrain, "barlow_twins_loss", spoiled)
+    monkeypatch.setattr(ablation, "barlow_twins_loss", spoiled)
 
 
 def infinite(loss, _):
@@ -190,7 +217,7 @@ def test_a_checkpoint_holds_all_that_there_is(project, smoke):
     for _ in range(2):
         pair = next(views)
         z_a, z_b = run.twins(*pair)
-        loss = pretrain.barlow_twins_loss(z_a, z_b, 0.1)
+        loss = barlow_twins_loss(z_a, z_b, 0.1)
         run.update(loss)
         run.record(loss, z_a, z_b)
     run.save()
@@ -215,7 +242,7 @@ def test_where_and_how_often_a_run_is_saved_does_not_make_it_another(project, sm
     elsewhere |= {"min_std": 0.2, "max_correlation": 0.7}
     assert Training(change(smoke, "pretrain", **elsewhere), CPU).fingerprint == fingerprint
     for section, values in {
-        "pretrain": {"epochs": 3},
+        "pretrain": {"ablate": "invariance"},
         "views": {"flip": 0.1},
         "model": {"projector": (64, 32)},
     }.items():

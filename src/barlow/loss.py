@@ -13,6 +13,7 @@ travels in the backward pass but O(D). Both the work and the bytes of the dual f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from barlow.distributed import Group
 
 EPSILON = 1e-5  # under the square root, as batch norm has it
 WIDE = 256  # D / N above which float32 does not do
+Normalisation = Callable[[Tensor, Tensor, int, Group], tuple[Tensor, Tensor]]  # of `normalise`
 
 
 class BarlowTwinsLoss(NamedTuple):
@@ -36,12 +38,17 @@ class BarlowTwinsLoss(NamedTuple):
 
 
 def barlow_twins_loss(
-    z_a: Float[Tensor, "batch dim"], z_b: Float[Tensor, "batch dim"], lambd: float, group: Group = None
+    z_a: Float[Tensor, "batch dim"],
+    z_b: Float[Tensor, "batch dim"],
+    lambd: float,
+    group: Group = None,
+    normalisation: Normalisation | None = None,
 ) -> BarlowTwinsLoss:
     """Compute the loss of two views' embeddings (batch, dim), in float32 or better whatever autocast says.
 
     Where torch.distributed is initialised the batch is that of all processes of `group`, and after the mean over
     processes that DistributedDataParallel takes, the gradient does not depend on how the batch was split.
+    `normalisation` stands in for `normalise`.
 
     Raises:
         ValueError: the shapes differ, the batches of two processes differ, or the global batch has fewer than two
@@ -55,7 +62,8 @@ def barlow_twins_loss(
         raise ValueError(f"the batch has {n} sample; normalisation over the batch needs at least 2")
     with torch.autocast(z_a.device.type, enabled=False):
         terms = _dual if form(n, dim) == "dual" else _direct
-        on_diagonal, off_diagonal = terms(*normalise(_wide(z_a, n), _wide(z_b, n), n, group), n, group)
+        a, b = (normalisation or normalise)(_wide(z_a, n), _wide(z_b, n), n, group)
+        on_diagonal, off_diagonal = terms(a, b, n, group)
         return BarlowTwinsLoss(on_diagonal + lambd * off_diagonal, on_diagonal, off_diagonal)
 
 

@@ -20,6 +20,7 @@ NonNegative = Annotated[float, Range(0)]
 Above0 = Annotated[float, Range(1e-12)]
 FractionPair = tuple[Fraction, Fraction]
 PositivePair = tuple[Above0, Above0]
+Ablation = Literal["normalisation", "invariance", "stop-gradient"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Pretrain:
     epochs: Positive
     batch_size: Annotated[int, Range(2)]
     lambd: NonNegative
+    ablate: Ablation | None
     lr_weights: NonNegative
     lr_biases: NonNegative
     final_lr: Fraction

@@ -1,8 +1,8 @@
 """`barlow pretrain`: learn an encoder without labels, in one process a GPU; on several machines, under torchrun.
 
 Reads data/shards/pretrain-*.tar. Writes models/encoder.safetensors (the backbone), models/correlation.safetensors (a
-corner of C at the first and the last step), reports/pretrain.json and the curves in reports/pretrain/. While it
-runs, models/resume/ holds its checkpoints: started again after a crash it goes on from the last one.
+corner of C at the first, the middle and the last step), reports/pretrain.json and the curves in reports/pretrain/.
+While it runs, models/resume/ holds its checkpoints: started again after a crash it goes on from the last one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from contextlib import contextmanager
 import torch
 
 from barlow import __version__, checkpoint, distributed, features, files, model, plan
+from barlow.ablation import ablated_loss
 from barlow.curves import Curves, Progress
 from barlow.errors import Interrupted
-from barlow.loss import barlow_twins_loss
 from barlow.params import Params
 from barlow.training import Training
 
@@ -62,7 +62,7 @@ def train(params: Params, device: torch.device) -> None:
             for view_a, view_b in progress.waits(run.views):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     z_a, z_b = run.twins(view_a, view_b)
-                loss = barlow_twins_loss(z_a, z_b, p.lambd)
+                loss = ablated_loss(z_a, z_b, p.lambd, p.ablate)
                 run.update(loss)
                 run.record(loss, z_a, z_b)
 

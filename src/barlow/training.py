@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -61,6 +61,7 @@ class Training:
         self.step = 0
         self.sums = torch.zeros(len(BarlowTwinsLoss._fields), device=device)  # of this epoch
         self.finite_steps = torch.zeros((), dtype=torch.long, device=device)  # up to the first that was not
+        self.gradient_norm = torch.zeros((), device=device)  # of the epoch's last step
         self.history: list[dict[str, float]] = []  # a row an epoch
         self.correlation: dict[str, Tensor] = {}
         self.warned: set[str] = set()  # what need not be said again
@@ -90,14 +91,16 @@ class Training:
         loss.total.backward()  # type: ignore[no-untyped-call]
         for group, rate in zip(self.optimizer.param_groups, self.rates(self.step), strict=True):
             group["lr"] = rate
+        if (self.step + 1) % self.epoch_steps == 0:
+            self.gradient_norm = norm([w.grad for w in self.weights + self.biases if w.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def record(self, loss: BarlowTwinsLoss, z_a: Tensor, z_b: Tensor) -> None:
-        """Count a finished step; but for the first and the last nothing is read back from the device."""
+        """Count a finished step; but for three of a run nothing is read back from the device."""
         self.sums += torch.stack([term.detach().float() for term in loss])
         self.finite_steps += self.sums.isfinite().all()
-        for name, step in {"before": 0, "after": self.total_steps - 1}.items():
+        for name, step in {"before": 0, "during": self.total_steps // 2, "after": self.total_steps - 1}.items():
             if self.step == step:
                 corner = cross_correlation(z_a.detach()[:, :CORNER], z_b.detach()[:, :CORNER])
                 self.correlation[name] = corner.cpu()
@@ -138,6 +141,7 @@ class Training:
         """Return the epoch's means and what was measured besides, and start the next; `z` are its last embeddings."""
         self.check_finite()
         row = self.figures(self.sums / self.epoch_steps) | {"std": probe.spread(z.detach())}
+        row |= {"weight_norm": float(norm(self.weights + self.biases)), "gradient_norm": float(self.gradient_norm)}
         self.sums.zero_()
         self.history.append(row | measured)
         if len(self.history) > self.p.warmup_epochs and distributed.rank() == 0:
@@ -196,6 +200,13 @@ def collapse(row: dict[str, float], min_std: float, max_correlation: float) -> d
             f"high, a projector wider than the data has to say"
         )
     return found
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of all entries of some tensors together, in float64: squares of float32 may overflow."""
+    norms = torch._foreach_norm([tensor.detach() for tensor in tensors], 2, torch.float64)
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return whole
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,31 @@
+"""The loss with something left out of the method, or added to it: `pretrain.ablate`, for `barlow claims`.
+
+normalisation: the embeddings are neither centred nor scaled, C = z_a^T z_b / N.
+invariance: the loss is lambda * off_diagonal alone. (lambda = 0 leaves out redundancy reduction.)
+stop-gradient: view B's embeddings are constants, so that the gradient flows through view A alone. One-sided on purpose:
+    symmetrised, half of each direction, the gradient is by the chain rule exactly half of the whole one, and LARS
+    undoes a factor.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from barlow.distributed import Group
+from barlow.loss import BarlowTwinsLoss, barlow_twins_loss
+from barlow.params import Ablation
+
+
+def ablated_loss(
+    z_a: Float[Tensor, "batch dim"],
+    z_b: Float[Tensor, "batch dim"],
+    lambd: float,
+    ablate: Ablation | None,
+    group: Group = None,
+) -> BarlowTwinsLoss:
+    """Compute `barlow_twins_loss` without, or with, what `ablate` names; both terms are told whatever counts."""
+    if ablate == "normalisation":
+        return barlow_twins_loss(z_a, z_b, lambd, group, lambda a, b, n, group: (a, b))
+    loss = barlow_twins_loss(z_a, z_b.detach() if ablate == "stop-gradient" else z_b, lambd, group)
+    return loss._replace(total=lambd * loss.off_diagonal) if ablate == "invariance" else loss
