@@ -51,6 +51,11 @@ bench: .venv/installed ## run benchmarks/, each a ratio to what a user would pic
 seeds: .venv/installed ## the headline figures for three seeds, on the shards of the last repro (about 15 minutes)
 	python benchmarks/seeds.py
 
+PRESET ?= cpu
+claims: .venv/installed ## the paper's claims, a figure each in the report; CLAIM=batch_size, PRESET=gpu, JOBS=4 (cpu: about an hour)
+	barlow claims $(CLAIM) --preset $(PRESET) --jobs $(or $(JOBS),1)
+	[ ! -e models/encoder.onnx ] || dvc repro --single-item report
+
 serve: .venv/installed ## serve models/encoder.onnx, and search in its training images: http://127.0.0.1:8000
 	barlow index --keep
 	barlow serve
@@ -66,4 +71,4 @@ clean: ## remove the environment and what the stages wrote; no image folder of y
 	  data/quarantine.csv data/*.safetensors models/*.onnx models/*.safetensors models/resume models/reduced models/triton models/index \
 	  reports/pretrain reports/data_docs reports/index.html reports/confusion.csv
 
-.PHONY: help system setup lock repro test check bench seeds serve flows clean
+.PHONY: help system setup lock repro test check bench seeds claims serve flows clean

@@ -49,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
     drift.add_argument("recent", nargs="?", metavar="FOLDER|PARQUET", help="default: drift.recent of params.yaml")
     preset = command("preset", "merge presets/NAME.yaml into params.yaml and print what changed")
     preset.add_argument("name", metavar="NAME")
+    claims = command("claims", "test the paper's claims by DVC experiments: reports/claims.json, a table a claim")
+    claims.add_argument("names", nargs="*", metavar="NAME", help="of the preset's claims; default: all")
+    claims.add_argument("--preset", default="cpu", help="presets/claims/PRESET.yaml (default %(default)s)")
+    claims.add_argument("--jobs", type=int, default=1, metavar="N", help="experiments at a time (default %(default)s)")
     embed = command("embed", "embed images with an exported encoder")
     embed.add_argument("paths", nargs="+", metavar="FILE|FOLDER")
     embed.add_argument("--out", required=True, metavar="PARQUET", help="written: path, embedding, and class if known")
@@ -93,7 +97,7 @@ def dispatch(command: str, arguments: dict[str, Any]) -> None:
     # Threads that wait for others sleep and do not spin. Spinning gains little on an idle machine and costs most of the
     # speed on a busy one. OpenMP reads this when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if command in STAGES or command in ("scan", "promote", "rollback", "drift"):
+    if command in STAGES or command in ("scan", "promote", "rollback", "drift", "claims"):
         from barlow import params  # here, since the serving image has no YAML reader
 
         settings = params.load()

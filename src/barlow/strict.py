@@ -60,6 +60,9 @@ def build(kind: Any, value: Any, file: str, key: str = "") -> Any:
         _require(isinstance(value, list) and len(value) == (count or max(len(value), 1)), file, key, value, wanted)
         kinds = arguments if count else arguments[:1] * len(value)
         return tuple(build(k, v, file, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict:
+        _require(isinstance(value, dict), file, key, value, "a section of `key: value` lines")
+        return value
     if origin in (Union, types.UnionType):  # only `X | None`
         return None if value is None else build(arguments[0], value, file, key)
     checks: dict[Any, tuple[Callable[[Any], bool], str]] = {

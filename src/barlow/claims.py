@@ -1,0 +1,196 @@
+"""`barlow claims`: the paper's claims, tested by DVC experiments; writes reports/claims.json and prints a table a claim.
+
+Which points there are, and by what rule they decide a claim, is in presets/claims/NAME.yaml, written before any run. An
+experiment is named by all that it reads, so that what has run once, for whichever claim, is not run again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from barlow import experiments, files, grid
+from barlow.params import Params
+
+CLAIMS = files.REPORTS / "claims.json"
+METRIC = "linear_top1"
+READ = ("src", "params.yaml", "dvc.yaml", "data/source.json", "presets/claims")  # what makes a revision dirty
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's, 97.5 %
+Interval = tuple[float, float]
+
+
+def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
+    """Run the experiments of some claims, or of all, that have not run yet; write and print what they show.
+
+    Raises:
+        UserError: no such claim or preset, other data than the preset is for, or DVC cannot run at all.
+        Interrupted: SIGINT or SIGTERM came; run again to go on.
+    """
+    plan = grid.load(preset, params)
+    chosen = grid.choose(plan, names)
+    experiments.dvc("repro", "shard")
+    inputs = experiments.inputs()
+
+    def called(point: grid.Point, seed: int) -> str:
+        return grid.name(preset, grid.apply(params, grid.overrides(plan, point, seed), preset), inputs)
+
+    todo = {
+        called(point, seed): grid.overrides(plan, point, seed)
+        for seed in plan.seeds  # all points once before one of them again
+        for claim in chosen
+        for point in claim.points
+    }
+    failed = run_missing(todo, jobs)
+    done = {name: commit for name, commit in experiments.finished().items() if name in todo}
+    results = {name: experiments.read(commit, files.REPORTS / "evaluate.json") for name, commit in done.items()}
+    seconds = sum(experiments.read(commit, files.REPORTS / "pretrain.json")["seconds"] for commit in done.values())
+    revision = experiments.revision(*READ)
+    base = called(grid.Point("", {}), plan.seeds[0])
+
+    told = {}
+    for claim in chosen:
+        points = []
+        for point in claim.points:
+            runs = [outcome(seed, called(point, seed), results, failed) for seed in plan.seeds]
+            images = next((result["test_images"] for result in results.values()), 0)
+            is_base = called(point, plan.seeds[0]) == base
+            points.append({"label": point.label, "base": is_base, "params": point.params} | measure(runs, images))
+        told[claim.name] = judge(claim, points) | {"revision": revision}
+        print(table(told[claim.name]), end="\n\n", flush=True)
+    previous = files.read_json(CLAIMS) if CLAIMS.exists() else {}
+    others = {claim["name"]: claim for claim in previous["claims"]} if previous.get("preset") == preset else {}
+    told = others | told
+    files.write_json(
+        CLAIMS,
+        {
+            "preset": preset,
+            "revision": revision,
+            "hardware": hardware(),
+            "seconds": seconds,  # of pretraining, in all experiments of this call
+            "seeds": plan.seeds,
+            "metric": METRIC,
+            "data": plan.data,
+            "claims": [told[claim.name] for claim in plan.claims if claim.name in told],
+        },
+    )
+
+
+def run_missing(todo: Mapping[str, Mapping[str, Any]], jobs: int) -> dict[str, str]:
+    """Run the experiments that there is no result of, telling how it goes; return those that failed, and why."""
+    there = experiments.finished()
+    missing = {name: values for name, values in todo.items() if name not in there}
+    print(f"{len(todo)} experiments, {len(missing)} of them to run", flush=True)
+    failed, started = {}, time.monotonic()
+    for ended, (name, reason) in enumerate(experiments.run(missing, jobs), 1):
+        if reason is not None:
+            failed[name] = reason
+        left = (time.monotonic() - started) / ended * (len(missing) - ended)
+        print(f"{ended}/{len(missing)}  {name}  {reason or 'done'}  {timedelta(seconds=round(left))} left", flush=True)
+    return failed
+
+
+def outcome(
+    seed: int, name: str, results: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what became of an experiment."""
+    if name not in results:
+        return {"seed": seed, "failed": failed[name]}
+    if METRIC not in results[name]:
+        return {"seed": seed, "failed": f"no {METRIC}: there are no labels in each of train, val and test"}
+    return {"seed": seed, METRIC: results[name][METRIC], "experiment": name}
+
+
+def measure(runs: list[dict[str, Any]], images: int) -> dict[str, Any]:
+    """Return a point's mean and interval over the runs that did not fail; None where all did."""
+    percents = [each[METRIC] for each in runs if METRIC in each]
+    if not percents:
+        return {"mean": None, "low": None, "high": None, "runs": runs}
+    low, high = mean_interval(percents, images)
+    return {"mean": statistics.fmean(percents), "low": low, "high": high, "runs": runs}
+
+
+def mean_interval(percents: list[float], n: int) -> Interval:
+    """Return the 95 % interval of a mean accuracy over runs, each tested on the same `n` images.
+
+    Student's t over the runs, in quadrature with the sampling of the images. One run says nothing of the spread.
+    """
+    if len(percents) < 2:
+        return 0.0, 100.0
+    mean = statistics.fmean(percents)
+    of_runs = T[len(percents) - 1] * statistics.stdev(percents) / math.sqrt(len(percents))
+    half = math.hypot(of_runs, 1.959964 * math.sqrt(mean * (100 - mean) / n))
+    return max(mean - half, 0.0), min(mean + half, 100.0)
+
+
+def difference(point: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, Interval]:
+    """Return point - other and its 95 % interval, from the two means' (Zou and Donner, Stat. Med. 27, 2008).
+
+    A point of which every run failed is below any other.
+    """
+    if point["mean"] is None or other["mean"] is None:
+        worst = -math.inf if other["mean"] is not None else math.nan
+        return worst, (worst, worst)
+    mean = point["mean"] - other["mean"]
+    below = math.hypot(point["mean"] - point["low"], other["high"] - other["mean"])
+    above = math.hypot(point["high"] - point["mean"], other["mean"] - other["low"])
+    return mean, (mean - below, mean + above)
+
+
+def verdict(rule: grid.Rule, intervals: list[Interval]) -> str:
+    """Decide: shown, if all differences are on the rule's side of its bound; contradicted, if one is on the other."""
+    sign = 1 if rule.difference == "above" else -1
+    ends = [sorted((sign * (low - rule.points), sign * (high - rule.points))) for low, high in intervals]
+    if any(high < 0 for _, high in ends):
+        return "contradicted"
+    return "shown" if all(low > 0 for low, _ in ends) else "not shown"
+
+
+def judge(claim: grid.Claim, points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a claim as reports/claims.json has it."""
+    by_label = {point["label"]: point for point in points}
+    intervals, parts = [], []
+    for label in claim.rule.compare:
+        mean, (low, high) = difference(by_label[label], by_label[claim.rule.against])
+        intervals.append((low, high))
+        finite = math.isfinite(mean)
+        parts.append(f"{label}: {mean:+.1f} ({low:+.1f} to {high:+.1f})" if finite else f"{label}: every run failed")
+    failed = sum("failed" in each for point in points for each in point["runs"])
+    text = f"Points of accuracy against {claim.rule.against}, with 95 % intervals: {'; '.join(parts)}."
+    return {
+        "name": claim.name,
+        "title": claim.title,
+        "claim": claim.claim,
+        "x_label": claim.x_label,
+        "rule": claim.rule.text,
+        "verdict": verdict(claim.rule, intervals),
+        "text": text + (f" {failed} run(s) failed." if failed else ""),
+        "points": points,
+    }
+
+
+def table(claim: Mapping[str, Any]) -> str:
+    """Return a claim as Markdown."""
+    lines = [f"### {claim['title']}: {claim['verdict']}", "", claim["claim"], "", f"Rule: {claim['rule']}", ""]
+    lines += [f"| {claim['x_label']} | linear probe, mean | 95 % | runs |", "|---|---|---|---|"]
+    for point in claim["points"]:
+        runs = ", ".join(f"{each[METRIC]:.1f}" if METRIC in each else "failed" for each in point["runs"])
+        mean, interval = "", ""
+        if point["mean"] is not None:
+            mean, interval = f"{point['mean']:.1f}", f"{point['low']:.1f} to {point['high']:.1f}"
+        label = f"{point['label']} (base)" if point["base"] else point["label"]
+        lines.append(f"| {label} | {mean} | {interval} | {runs} |")
+    return "\n".join([*lines, "", claim["text"]])
+
+
+def hardware() -> str:
+    """Name the processor and the number of cores this process may use."""
+    with Path("/proc/cpuinfo").open() as file:
+        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
