@@ -1,4 +1,4 @@
-"""`barlow claims`: the paper's claims, tested by DVC experiments; writes reports/claims.json and prints a table a claim.
+"""`barlow claims`: the paper's claims, tested by DVC experiments; writes reports/claims.json, prints a table a claim.
 
 Which points there are, and by what rule they decide a claim, is in presets/claims/NAME.yaml, written before any run. An
 experiment is named by all that it reads, so that what has run once, for whichever claim, is not run again.
