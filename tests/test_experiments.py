@@ -92,7 +92,7 @@ name = sys.argv[sys.argv.index("--name") + 1]
 tries = Path(f"{name}.tries")
 tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
 if name == "slow":
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     Path("child").write_text(str(child.pid))
     os.kill(int(os.environ["TESTED"]), 15)
     child.wait()
