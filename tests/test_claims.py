@@ -41,21 +41,22 @@ def test_verdicts(intervals, above, below):
     assert claims.verdict(rule("below", -5.0), moved) == below
 
 
-@pytest.mark.parametrize("percents", [[50.0, 56.0], [50.0, 53.0, 58.0], [20.0] * 10, [60.0, 61.0, 62.0, 63.0]])
-def test_a_means_interval_is_students_and_the_images_in_quadrature(percents):
-    mean = sum(percents) / len(percents)
-    of_runs = (
-        stats.t.interval(0.95, len(percents) - 1, mean, stats.sem(percents))[1] - mean if len(set(percents)) > 1 else 0
-    )
-    of_images = 1.96 * (mean * (100 - mean) / 1000) ** 0.5
-    low, high = claims.mean_interval(percents, 1000)
-    assert mean - low == pytest.approx(high - mean)
-    assert high - mean == pytest.approx((of_runs**2 + of_images**2) ** 0.5, rel=1e-3)
+def runs_of(*percents):
+    return [{"seed": seed, "linear_top1": each, "experiment": f"e{seed}"} for seed, each in enumerate(percents)]
 
 
-def test_one_run_tells_nothing_and_no_interval_leaves_the_percents():
-    assert claims.mean_interval([50.0], 1000) == (0.0, 100.0)
-    assert claims.mean_interval([1.0, 99.0], 1000) == (0.0, 100.0)
+def test_a_points_interval_is_students_and_the_images_in_quadrature():
+    point = claims.measure([*runs_of(50.0, 53.0, 58.0), {"seed": 3, "failed": "..."}], 1000)
+    of_runs = stats.t.ppf(0.975, 2) * stats.sem([50.0, 53.0, 58.0])
+    of_images = 1.96 * (53.67 * 46.33 / 1000) ** 0.5
+    assert point["mean"] == pytest.approx(161 / 3)
+    for end in (point["mean"] - point["low"], point["high"] - point["mean"]):
+        assert end == pytest.approx((of_runs**2 + of_images**2) ** 0.5, rel=0.01)
+
+
+def test_one_run_tells_nothing():
+    point = claims.measure(runs_of(50.0), 1000)
+    assert (point["mean"], point["low"], point["high"]) == (50.0, 0.0, 100.0)
 
 
 def test_a_difference_of_two_equal_intervals_is_wider_by_the_root_of_two():
@@ -66,8 +67,7 @@ def test_a_difference_of_two_equal_intervals_is_wider_by_the_root_of_two():
 
 def test_a_claim_is_told_with_its_figures_and_its_failures():
     claim = grid.Claim("n", "Title", "The paper says.", "x", rule(compare=("b", "c")), ())
-    runs = [{"seed": seed, "linear_top1": 50.0 + seed, "experiment": f"e{seed}"} for seed in range(3)]
-    better = [{**each, "linear_top1": each["linear_top1"] + 30} for each in runs]
+    runs, better = runs_of(50.0, 51.0, 52.0), runs_of(80.0, 81.0, 82.0)
     failed = [{"seed": 0, "failed": "the loss is not finite"}]
     points = [
         {"label": label, "base": label == "a", "params": {}} | claims.measure(each, 1000)
@@ -144,6 +144,7 @@ stages:
     params: [pretrain]
     outs: [models/encoder]
     metrics: [reports/pretrain.json: {cache: false}]
+  extract: {cmd: "true", deps: [models/encoder], params: [extract]}
   evaluate:
     cmd: python src/stages.py evaluate
     deps: [models/encoder, src/stages.py]

@@ -7,7 +7,6 @@ experiment is named by all that it reads, so that what has run once, for whichev
 from __future__ import annotations
 
 import math
-import os
 import platform
 import statistics
 import time
@@ -16,13 +15,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from barlow import experiments, files, grid
+import torch
+
+from barlow import experiments, files, grid, probe
 from barlow.params import Params
 
 CLAIMS = files.REPORTS / "claims.json"
 METRIC = "linear_top1"
 READ = ("src", "params.yaml", "dvc.yaml", "data/source.json", "presets/claims")  # what makes a revision dirty
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's, 97.5 %
 Interval = tuple[float, float]
 
 
@@ -108,25 +108,12 @@ def outcome(
 
 
 def measure(runs: list[dict[str, Any]], images: int) -> dict[str, Any]:
-    """Return a point's mean and interval over the runs that did not fail; None where all did."""
+    """Return a point's mean and 95 % interval over the runs that did not fail; None where all did."""
     percents = [each[METRIC] for each in runs if METRIC in each]
     if not percents:
         return {"mean": None, "low": None, "high": None, "runs": runs}
-    low, high = mean_interval(percents, images)
+    low, high = probe.mean_interval(percents, images) if len(percents) > 1 else (0.0, 100.0)  # no spread is known
     return {"mean": statistics.fmean(percents), "low": low, "high": high, "runs": runs}
-
-
-def mean_interval(percents: list[float], n: int) -> Interval:
-    """Return the 95 % interval of a mean accuracy over runs, each tested on the same `n` images.
-
-    Student's t over the runs, in quadrature with the sampling of the images. One run says nothing of the spread.
-    """
-    if len(percents) < 2:
-        return 0.0, 100.0
-    mean = statistics.fmean(percents)
-    of_runs = T[len(percents) - 1] * statistics.stdev(percents) / math.sqrt(len(percents))
-    half = math.hypot(of_runs, 1.959964 * math.sqrt(mean * (100 - mean) / n))
-    return max(mean - half, 0.0), min(mean + half, 100.0)
 
 
 def difference(point: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, Interval]:
@@ -190,7 +177,8 @@ def table(claim: Mapping[str, Any]) -> str:
 
 
 def hardware() -> str:
-    """Name the processor and the number of cores this process may use."""
+    """Name the processor, the number of cores this process may use, and the GPU if there is one."""
     with Path("/proc/cpuinfo").open() as file:
         model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model}, {files.cpus()} cores{gpu}"

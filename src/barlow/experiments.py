@@ -23,7 +23,7 @@ from typing import Any
 from barlow import files, strict
 from barlow.errors import Interrupted, UserError
 
-STAGES = ("pretrain", "evaluate")
+STAGES = ("pretrain", "extract", "evaluate")
 TRIES = 5  # where DVC itself fails: another of its processes may hold a lock
 SECONDS = 2  # between two of them
 

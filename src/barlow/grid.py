@@ -100,8 +100,8 @@ def choose(grid: Grid, names: list[str]) -> list[Claim]:
 
 
 def overrides(grid: Grid, point: Point, seed: int) -> dict[str, Any]:
-    """Return all that an experiment sets, by dotted key; the seed is that of training and of evaluation."""
-    return {**grid.base, **point.params, "pretrain.seed": seed, "evaluate.seed": seed}
+    """Return all that an experiment sets, by dotted key."""
+    return {**grid.base, **point.params, "pretrain.seed": seed}
 
 
 def apply(params: Params, values: Mapping[str, Any], where: str) -> dict[str, Any]:
