@@ -68,7 +68,7 @@ flows: .venv/installed ## server, worker and deployments on this machine, until 
 
 clean: ## remove the environment and what the stages wrote; no image folder of yours is touched
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache data/raw data/shards data/*.parquet data/.*.parquet \
-	  data/quarantine.csv data/*.safetensors models/*.onnx models/*.safetensors models/resume models/reduced models/triton models/index \
-	  reports/pretrain reports/data_docs reports/index.html reports/confusion.csv
+	  data/quarantine* data/features models/*.onnx models/*.safetensors models/resume models/reduced models/triton models/index \
+	  reports/pretrain reports/data_docs reports/*.html reports/*.csv
 
 .PHONY: help system setup lock repro test check bench seeds claims serve flows clean
