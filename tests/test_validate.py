@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from barlow import expectations, files, ingest, manifest, validate
 from barlow.errors import DataError, UserError
@@ -115,6 +116,39 @@ def test_nasty_folder_every_image_accepted_or_named(nasty, run, smoke, change):
     assert sum(summary[key] for key in summary if key.startswith("quarantined_")) == len(reasons)
 
 
+def test_what_was_put_aside_can_be_seen(nasty, run, smoke, change, monkeypatch):
+    monkeypatch.setattr(expectations, "write_docs", lambda *arguments: None)  # for speed
+    folder, _ = nasty
+    ingest.run(change(smoke, "data", source=str(folder), val_fraction=0.0, test_fraction=0.0))
+    (folder / "bad/a.gif").unlink()  # gone since
+    _, reasons, _ = run(source=str(folder), **LOOSE)
+    shown = {path: files.QUARANTINED / f"{i:03d}.jpg" for i, path in enumerate(reasons)}
+    assert {path for path, picture in shown.items() if picture.exists()} == {
+        "bad/truncated.jpg",
+        "bad/truncated.png",
+        "bad/thin.png",
+        "写真 1.jpg",
+    }
+    assert len(list(files.QUARANTINED.iterdir())) == 4
+    with Image.open(shown["bad/thin.png"]) as thin, Image.open(shown["写真 1.jpg"]) as whole:
+        assert (thin.size, whole.size) == ((24, 2), (24, 20))
+    before = {path.name: path.read_bytes() for path in files.QUARANTINED.iterdir()}
+    (files.QUARANTINED / "old.jpg").touch()
+    run(source=str(folder), **LOOSE)
+    assert {path.name: path.read_bytes() for path in files.QUARANTINED.iterdir()} == before
+
+
+def test_pictures_are_small_and_of_files_that_are_not_too_large(tmp_path):
+    for i in range(3):
+        Image.effect_noise((300 + i, 120), 50).save(tmp_path / f"{i}.png")
+    validate.picture(tmp_path, ["0.png"], max_bytes=100)
+    assert not list(files.QUARANTINED.iterdir())
+    validate.picture(tmp_path, ["0.png", "gone.png", "2.png"], max_bytes=10**9)
+    assert sorted(path.name for path in files.QUARANTINED.iterdir()) == ["000.jpg", "002.jpg"]
+    with Image.open(files.QUARANTINED / "000.jpg") as image:
+        assert image.size == (96, 38)
+
+
 def test_rows_outside_the_bounds_are_put_aside_by_name(run):
     bad = table(
         error={0: "image file is truncated"},
@@ -188,6 +222,7 @@ def test_a_bad_data_set_stops_with_a_table(run, changes, check, figure, capsys):
     assert len(message.splitlines()) <= 20
     accepted, reasons, summary = results()
     assert accepted is None
+    assert files.QUARANTINED.is_dir()
     assert not summary[f"{check}_success"]
     assert (validate.DOCS / "index.html").exists()
     if check == "images_per_class":

@@ -14,6 +14,7 @@ RAW = Path("data/raw")  # images that ingest made or downloaded; a user's own fo
 MANIFEST = Path("data/manifest.parquet")
 ACCEPTED = Path("data/accepted.parquet")
 QUARANTINE = Path("data/quarantine.csv")
+QUARANTINED = Path("data/quarantine")  # thumbnails of its first rows: 000.jpg and so on
 SHARDS = Path("data/shards")
 FEATURES = Path("data/features")  # of `barlow extract`: a file an encoder
 ENCODER = Path("models/encoder.safetensors")

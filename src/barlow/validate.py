@@ -1,12 +1,15 @@
 """`barlow validate`: hold the manifest against the Great Expectations suites, and put aside what does not pass.
 
 Reads `validate` of params.yaml and data/manifest.parquet; writes data/accepted.parquet (the rows that go on) and
-data/quarantine.csv (path, reason), which together have every row, reports/validation.json and reports/data_docs/.
+data/quarantine.csv (path, reason), which together have every row, data/quarantine/ (what can be seen of the first
+ones put aside), reports/validation.json and reports/data_docs/.
 Exits 3, without data/accepted.parquet, when the data set as a whole is not good enough.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from barlow import expectations, files, manifest
+from barlow import expectations, files, manifest, pictures
 from barlow.errors import DataError, UserError
 from barlow.expectations import Outcome
 from barlow.params import Params
@@ -25,6 +28,7 @@ DOCS = files.REPORTS / "data_docs"
 # Outside what DVC removes before it runs the stage. Two generations, so that validating again compares as before.
 LAST = Path("data/.last_accepted.json")
 SHOWN = 10  # paths in a message
+PICTURES = 24  # files put aside, of which a thumbnail is kept
 
 
 def run(params: Params) -> None:
@@ -58,6 +62,7 @@ def run(params: Params) -> None:
 
     with files.replacing(files.QUARANTINE) as temporary:
         quarantine[["path", "reason"]].to_csv(temporary, index=False, lineterminator="\n")
+    picture(manifest.root(params.data), quarantine["path"].head(PICTURES), params.validate.max_bytes)
     files.write_json(SUMMARY, _counts(accepted, quarantine) | _summary(found))
     expectations.write_docs(context, DOCS, found)
     for outcome in found:
@@ -73,6 +78,21 @@ def run(params: Params) -> None:
     files.write_json(LAST, last)
     kinds = "".join(f", {kind} {n}" for kind, n in quarantine["kind"].value_counts().sort_index().items())
     print(f"{len(rows)} images: {len(accepted)} accepted, {len(quarantine)} in quarantine{kinds}")
+
+
+def picture(root: Path, paths: Iterable[str], max_bytes: int) -> None:
+    """Fill data/quarantine/ with thumbnails of the files, NNN.jpg of number NNN, where there is something to see."""
+    folder = files.QUARANTINED.with_name(f".{files.QUARANTINED.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for i, path in enumerate(paths):
+        try:
+            if (root / path).is_file() and (root / path).stat().st_size <= max_bytes:
+                (folder / f"{i:03d}.jpg").write_bytes(pictures.jpeg(pictures.salvage((root / path).read_bytes())))
+        except (OSError, ValueError):  # gone, or not an image at all
+            continue
+    shutil.rmtree(files.QUARANTINED, ignore_errors=True)
+    folder.rename(files.QUARANTINED)
 
 
 def _schema(schema: pa.Schema) -> pd.DataFrame:
