@@ -91,6 +91,8 @@ def test_base_imports_are_declared():
     """What the package imports is in the standard library or in pyproject.toml, by the name that it has there."""
     with_fastapi = {"anyio", "pydantic", "starlette"}
     named = {"yaml": "pyyaml", "PIL": "pillow", "nvidia": "nvidia-dali-cuda130", "ruamel": "ruamel-yaml"}
+    named |= {"sklearn": "scikit-learn"}
+
     declared = (ROOT / "pyproject.toml").read_text()
     for module in MODULES:
         for package in imports(module)[1] - sys.stdlib_module_names - with_fastapi:
@@ -118,6 +120,14 @@ def test_dvc_deps_are_exactly_the_modules_a_stage_imports(stage):
     assert deps == closure(stage) - {"__init__"}
 
 
+def test_the_report_depends_on_its_templates():
+    needed, todo = set(), {"report.html.j2"}
+    while todo:
+        needed |= todo
+        todo = {name for path in todo for name in re.findall(r'"([\w.]+\.j2)"', (PACKAGE / path).read_text())} - needed
+    assert needed == {Path(dep).name for dep in DVC["stages"]["report"]["deps"] if dep.endswith(".j2")}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_deps_come_from_earlier_stages_or_git(stage):
     earlier = set()
@@ -125,7 +135,7 @@ def test_dvc_deps_come_from_earlier_stages_or_git(stage):
         if name == stage:
             break
         earlier |= set(outputs(description))
-    tracked = {"data/source.json", "params.yaml"}
+    tracked = {"data/source.json", "params.yaml", "reports/claims.json"}
     for dep in DVC["stages"][stage]["deps"]:
         assert dep in earlier | tracked or dep.startswith("src/barlow/"), dep
 

@@ -76,7 +76,9 @@ def test_metrics_and_plots_are_shown(project):
     assert "linear_top1" in run(project, "dvc", "metrics", "show")
     assert "confusion" in run(project, "dvc", "plots", "show", "--show-vega", "confusion")
     html = run(project, "dvc", "plots", "show").strip().removeprefix("file://")
-    assert "on_diagonal" in Path(html).read_text()
+    text = Path(html).read_text()
+    for name in ("on_diagonal", "gradient_norm", "samples_per_second", "few_labels.csv"):
+        assert name in text
 
 
 def test_a_stopped_and_then_killed_pretraining_goes_on_when_the_flow_tries_again(project, tmp_path):

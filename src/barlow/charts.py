@@ -1,30 +1,34 @@
-"""What the report draws: curves laid out for SVG, matrices in colour, images as addresses that hold them whole."""
+"""What a page draws as lines and points, laid out for SVG."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-from PIL import Image
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 PLOT = (54, 8, 390, 160)  # left, top, right and bottom of a chart's plotted area, in SVG units
-DIVERGING = ("#1b4f9c", "#8fb4e0", "#ffffff", "#eba183", "#a8321a")  # evenly over -1 to 1
-SHADES = ("#ffffff", "#8fb4e0", "#1b4f9c")  # evenly over 0 to 1
-THUMBNAIL = 160  # px, the longer side of an image that is shown
-
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+TALL = (40, 10, 470, 250)  # the same of a larger chart
+SHIFT = 4  # SVG units between series at one place
 
 
-def chart(values: Sequence[float], log: bool) -> dict[str, Any]:
-    """Lay out a value an epoch: SVG points, and (place, text) of the ticks of both axes.
+class Point(NamedTuple):
+    """A measured mean, what it is measured on, and its spread."""
+
+    x: float  # above 0
+    y: float
+    low: float  # of the 95 % interval
+    high: float
+    dots: Sequence[float] = ()  # the single measurements
+
+
+def curves(series: Sequence[Sequence[float]], log: bool) -> dict[str, Any]:
+    """Lay out curves of a value an epoch each: SVG points, and (place, text) of the ticks of both axes.
 
     The axis is linear from 0, or with `log` logarithmic over the values' range, if all are above 0.
     """
     left, top, right, bottom = PLOT
+    values = [value for line in series for value in line]
+    epochs = max(map(len, series))
     log = log and min(values) > 0
     low, high = (min(values) if log else min(0.0, *values)), max(values)
     scaled = math.log if log else float
@@ -32,17 +36,60 @@ def chart(values: Sequence[float], log: bool) -> dict[str, Any]:
     marks = decades(low, high) if log and high > 8 * low else ticks(low, high, 4)
 
     def x(epoch: float) -> float:
-        return round(left + (epoch - 1) / max(len(values) - 1, 1) * (right - left), 1)
+        return round(left + (epoch - 1) / max(epochs - 1, 1) * (right - left), 1)
 
     def y(value: float) -> float:
         return round(bottom - (scaled(value) - scaled(low)) / height * (bottom - top), 1)
 
     return {
-        "points": [(x(epoch), y(value)) for epoch, value in enumerate(values, 1)],
-        "x_ticks": [(x(epoch), f"{epoch:g}") for epoch in ticks(1, len(values), 8) if epoch == int(epoch)],
+        "lines": [[(x(epoch), y(value)) for epoch, value in enumerate(line, 1)] for line in series],
+        "x_ticks": [(x(epoch), f"{epoch:g}") for epoch in ticks(1, epochs, 8) if epoch == int(epoch)],
         "y_ticks": [(y(value), f"{value:.4g}") for value in marks],
         "log": log,
+        "epochs": epochs,
     }
+
+
+def points(series: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
+    """Lay out measured points, from 0 to 100 percent, over the logarithm of x."""
+    left, top, right, bottom = TALL
+    everything = [point for line in series.values() for point in line]
+    xs = sorted({point.x for point in everything})
+
+    def x(value: float) -> float:
+        share = math.log(value / xs[0]) / math.log(xs[-1] / xs[0]) if len(xs) > 1 else 0.5
+        return round(left + 24 + share * (right - left - 48), 1)
+
+    def y(value: float) -> float:
+        return round(bottom - value / 100 * (bottom - top), 1)
+
+    laid = {}
+    for i, (name, line) in enumerate(series.items()):
+        shift = (i - (len(series) - 1) / 2) * SHIFT
+        laid[name] = [
+            {
+                "x": round(x(p.x) + shift, 1),
+                "y": y(p.y),
+                "low": y(p.low),
+                "high": y(p.high),
+                "dots": [y(dot) for dot in p.dots],
+            }
+            for p in line
+        ]
+    return {
+        "series": laid,
+        "x_ticks": [(x(value), f"{value:,g}") for value in apart(xs, x)],
+        "y_ticks": [(y(value), f"{value:g}") for value in ticks(0, 100, 5)],
+    }
+
+
+def apart(values: Iterable[float], place: Callable[[float], float], gap: float = 34) -> list[float]:
+    """Return the values whose places, in SVG units, leave room for the text of the one before."""
+    kept: list[float] = []
+    for value in values:
+        if not kept or place(value) - place(kept[-1]) >= gap:
+            kept.append(value)
+    return kept
 
 
 def ticks(low: float, high: float, wanted: int) -> list[float]:
@@ -62,23 +109,19 @@ def decades(low: float, high: float) -> list[float]:
     return [value for e in exponents for m in factors if low <= (value := float(f"{m}e{e}")) <= high]
 
 
-def matrix_picture(matrix: np.ndarray[Any, Any], low: float, high: float, colors: Sequence[str]) -> str:
-    """Draw a matrix, a pixel an entry, in `colors` spread evenly over low to high; return its address."""
-    stops = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in colors])
-    at = np.linspace(low, high, len(stops))
-    channels = [np.interp(matrix, at, stops[:, channel]) for channel in range(3)]
-    return data_uri(Image.fromarray(np.stack(channels, -1).round().astype(np.uint8)), "PNG", optimize=True)
+def shape(number: int, x: float, y: float, r: float) -> str:
+    """Return the SVG path of a mark: circle, triangle, square, diamond or inverted triangle, all about as large.
 
-
-def thumbnail(pixels: Pixels) -> str:
-    """Return the address of an image (height, width, 3), shrunk where it is large."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return data_uri(image, "JPEG", quality=88, subsampling=0)
-
-
-def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
-    """Return a `data:` address, which holds the encoded image."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    Labels have ten colours; so fifty of them look different.
+    """
+    i = max(number, 0)
+    kind = (i + i // 10) % 5
+    if kind == 0:
+        return f"M{x - r:g} {y:g}a{r:g} {r:g} 0 1 0 {2 * r:g} 0a{r:g} {r:g} 0 1 0 {-2 * r:g} 0"
+    dx, dy = 1.2 * r, 1.4 * r
+    if kind == 2:
+        return f"M{x - 0.9 * r:g} {y - 0.9 * r:g}h{1.8 * r:g}v{1.8 * r:g}h{-1.8 * r:g}z"
+    if kind == 3:
+        return f"M{x:g} {y - dy:g}l{dx:g} {dy:g}l{-dx:g} {dy:g}l{-dx:g} {-dy:g}z"
+    up = 1 if kind == 1 else -1
+    return f"M{x:g} {y - 1.3 * r * up:g}l{dx:g} {2.2 * r * up:g}h{-2 * dx:g}z"

@@ -1,57 +1,62 @@
 """`barlow report`: one self-contained page that shows a run, good or bad, to someone who was not there.
 
-Reads what every other stage wrote: reports/{validation,pretrain,evaluate,export}.json, reports/confusion.csv, the
-curves in reports/pretrain/, data/quarantine.csv, data/shards, data/features.safetensors and, of models/,
-encoder.safetensors, correlation.safetensors and encoder.onnx. Writes reports/index.html, from report.html.j2 beside
-this module.
+Reads what every other stage wrote, INPUTS, and reports/claims.json, which `barlow claims` writes. Writes
+reports/index.html, from report.html.j2 beside this module.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import platform
-import re
-import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib import metadata
-from itertools import zip_longest
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
-import numpy as np
-import onnx
-import torch
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from torch import Tensor
-from torch.nn import functional
 
-from barlow import charts, files, images, model, shards, summary, views
+from barlow import (
+    charts,
+    features,
+    files,
+    gallery,
+    images,
+    manifest,
+    model,
+    pages,
+    pictures,
+    provenance,
+    results,
+    shards,
+    summary,
+    views,
+)
 from barlow.errors import UserError
 from barlow.params import Params
 
-CURVES = files.REPORTS / "pretrain/plots/metrics"
-STAGES = ("validation", "pretrain", "evaluate", "export")  # whose reports/NAME.json are read
-CHARTED = ("loss", "on_diagonal", "off_diagonal", "lr")
+STAGES = ("validation", "pretrain", "evaluate", "finetune", "export")  # whose reports/NAME.json are read
+LINEAR = ("std", "lr", "samples_per_second", "data_wait", "gradient_norm", "weight_norm")
+CURVES = {name: pages.CURVES / f"{name}.tsv" for name in pages.LOGARITHMIC + LINEAR}
+CLAIMS = files.REPORTS / "claims.json"
 INPUTS = {
     files.REPORTS / "validation.json": "validate",
     files.QUARANTINE: "validate",
+    files.ACCEPTED: "validate",
     files.SHARDS / shards.CLASSES: "shard",
     files.REPORTS / "pretrain.json": "pretrain",
-    **{CURVES / f"{name}.tsv": "pretrain" for name in CHARTED},
+    **dict.fromkeys(CURVES.values(), "pretrain"),
     files.CORRELATION: "pretrain",
     files.ENCODER: "pretrain",
+    files.FEATURES: "extract",
     files.REPORTS / "evaluate.json": "evaluate",
     files.CONFUSION: "evaluate",
-    files.FEATURES: "evaluate",
+    files.FEW_LABELS: "evaluate",
+    files.REPORTS / "finetune.json": "finetune",
     files.REPORTS / "export.json": "export",
     files.ONNX: "export",
+    CLAIMS: "claims",
 }
-NEIGHBOURS = 6  # of each test image that is shown
-MISTAKES = 8  # kinds of mistake that are listed
+ASIDE = 24  # files that were put aside, at most
+COUNTED = 20  # classes, at most
 
 
 def run(params: Params) -> None:
@@ -63,32 +68,45 @@ def run(params: Params) -> None:
     for path, stage in INPUTS.items():
         if not path.exists():
             raise UserError(f"{path} is missing; run `barlow {stage}`, or `dvc repro` for all that is needed")
-    features, names = model.load_weights(files.FEATURES)
-    correlation = model.load_weights(files.CORRELATION)[0]
     stages = {name: files.read_json(files.REPORTS / f"{name}.json") for name in STAGES}
+    classes = shards.classes()
+    test = features.load("pretrained", "test")
+    metrics = stages["evaluate"] | stages["finetune"]
+    correlation = model.load_weights(files.CORRELATION)[0]
+    confusion = results.confusion(pages.read_table(files.CONFUSION), classes)
+    quarantine = pages.read_table(files.QUARANTINE)
     page = {
         **stages,
         "params": params,
         "params_yaml": yaml.safe_dump(json.loads(json.dumps(settings(params))), sort_keys=False, allow_unicode=True),
+        "classes": classes,
+        "test_images": len(test.keys),
+        "metrics": metrics,
+        "methods": results.methods(metrics),
+        "few": results.few_labels(metrics, pages.read_table(files.FEW_LABELS)),
+        "examples": examples(classes),
+        "splits": {name: shards.count(shards.tars(name)) for name in manifest.SPLITS},
+        "class_counts": class_counts(classes),
+        "quarantine": quarantine,
+        "aside": list(aside(quarantine)),
+        "checks": checks(stages["validation"]),
         "triples": list(triples(params)),
-        "curves": {name: charts.chart(curve(name), log=name != "lr") for name in CHARTED},
-        "plot": charts.PLOT,
+        "curves": {
+            name: charts.curves([pages.curve(path.read_text())], log=name in pages.LOGARITHMIC)
+            for name, path in CURVES.items()
+        },
         "correlation": {
-            when: charts.matrix_picture(corner.numpy(), -1, 1, charts.DIVERGING) for when, corner in correlation.items()
+            when: pictures.matrix(corner.numpy(), -1, 1, pictures.DIVERGING) for when, corner in correlation.items()
         },
         "corner": len(correlation["before"]),
-        "diverging": charts.DIVERGING,
-        "confusion": confusion(names["classes"]),
-        "neighbours": neighbours(features, names, params.report.images),
-        "splits": {name: shards.count(shards.tars(name)) for name in ("pretrain", "train", "val", "test")},
-        "checks": checks(stages["validation"]),
-        "quarantine": read_table(files.QUARANTINE, ","),
-        "provenance": provenance(),
-        "packages": packages(),
+        "map": gallery.embedding_map(test, classes),
+        **shown(test, classes, confusion, params.report.images),
+        "class_ends": results.ends(confusion["by_class"]) if confusion else [],
+        "claims": claims(),
+        "provenance": provenance.facts(),
+        "packages": provenance.packages(),
     }
-    with files.replacing(summary.REPORT) as temporary:
-        temporary.write_text(template().render(page), encoding="utf-8")
-    print(f"{summary.REPORT}: {summary.REPORT.stat().st_size / 1024:.0f} KiB")
+    pages.write(summary.REPORT, "report.html.j2", page)
 
 
 def settings(params: Params) -> dict[str, Any]:
@@ -96,103 +114,60 @@ def settings(params: Params) -> dict[str, Any]:
     return {name: section for name, section in asdict(params).items() if name not in ("promote", "drift")}
 
 
-def template() -> Template:
-    """Return the page's template; it escapes whatever is put into it."""
-    environment = Environment(
-        loader=PackageLoader("barlow", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["printable"] = printable
-    return environment.get_template("report.html.j2")
-
-
-def printable(text: str) -> str:
-    """Spell out line ends, marks that turn the reading direction and the like, which a file's name may hold."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def read_table(path: Path, delimiter: str) -> list[list[str]]:
-    """Read the rows of a CSV or TSV file below its header."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.reader(file, delimiter=delimiter))[1:]
-
-
-def curve(name: str) -> list[float]:
-    """Read a metric that pretrain logged, a value an epoch."""
-    return [float(value) for _, value in read_table(CURVES / f"{name}.tsv", "\t")]
-
-
 def triples(params: Params) -> Iterator[dict[str, str]]:
     """Yield the first images to pretrain on, each with both views."""
     tars = shards.tars("pretrain")
     pairs = views.pairs(tars, params.views, params.report.images, params.pretrain.seed)
     for sample, view_a, view_b in zip(shards.read(tars), *pairs, strict=False):
-        yield {
-            "image": charts.thumbnail(images.decode(sample.data)),
-            "view A": charts.thumbnail(view_a),
-            "view B": charts.thumbnail(view_b),
-        }
+        shown = {"image": images.decode(sample.data), "view A": view_a, "view B": view_b}
+        yield {name: pictures.thumbnail(pixels) for name, pixels in shown.items()}
 
 
-def confusion(classes: list[str]) -> dict[str, Any] | None:
-    """Return counts and shares of the actual class, both (actual, predicted); None where nothing was predicted."""
-    pairs = [tuple(row) for row in read_table(files.CONFUSION, ",")]
-    if not pairs:
-        return None
-    number = {name: i for i, name in enumerate(classes)}
-    counts = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(counts, tuple(np.array([[number[name] for name in pair] for pair in pairs]).T), 1)
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
-    mistakes = Counter(pair for pair in pairs if pair[0] != pair[1])
-    return {
-        "classes": classes,
-        "counts": counts.tolist(),
-        "shares": shares.tolist(),
-        "picture": charts.matrix_picture(shares, 0, 1, charts.SHADES),
-        "mistakes": mistakes.most_common(MISTAKES),
+def examples(classes: list[str]) -> list[dict[str, Any]]:
+    """Return thumbnails of some images of some classes."""
+    return [
+        {"name": kind["name"], "pictures": [pictures.thumbnail(kind["pixels"][key]) for key in kind["keys"]]}
+        for kind in gallery.examples(features.load("pretrained", "train"), classes)
+    ]
+
+
+def class_counts(classes: list[str]) -> list[tuple[str, list[int]]]:
+    """Return how many accepted images of each class are in train, val and test; of many, the smallest classes."""
+    table = manifest.read(files.ACCEPTED).group_by(["split", "label"]).aggregate([([], "count_all")]).to_pylist()
+    counts = {(row["split"], row["label"]): row["count_all"] for row in table}
+    rows = [(name, [counts.get((split, name), 0) for split in ("train", "val", "test")]) for name in classes]
+    return rows if len(rows) <= COUNTED else sorted(rows, key=lambda row: row[1])[:COUNTED]
+
+
+def aside(quarantine: list[list[str]]) -> Iterator[tuple[str, str, str | None]]:
+    """Yield path, reason and, where there is something to see, picture of the first files that were put aside."""
+    for i, (path, reason) in enumerate(quarantine[:ASIDE]):
+        picture = files.QUARANTINED / f"{i:03d}.jpg"
+        yield path, reason, pictures.address(picture.read_bytes()) if picture.exists() else None
+
+
+def shown(test: features.Split, classes: list[str], confusion: dict[str, Any] | None, n: int) -> dict[str, Any]:
+    """Return `neighbours` and `confusion`, with pictures of the test images that they name by number."""
+    found = gallery.neighbours(test, n)
+    rows = [row for kind in found.values() for row in kind]
+    mistakes = confusion["mistakes"] if confusion else []
+    numbers = {
+        *chain.from_iterable(row["images"] for row in rows),
+        *chain.from_iterable(m[2][: gallery.EXAMPLES] for m in mistakes),
     }
-
-
-def neighbours(features: dict[str, Tensor], names: dict[str, Any], n: int) -> list[list[dict[str, Any]]]:
-    """Return rows of a test image and those nearest to it by cosine similarity; no rows where there are none."""
-    labels = features["labels"].tolist()
-    if not labels:
-        return []
-    chosen = spread(labels, n)
-    unit = functional.normalize(features["features"])
-    similarity = unit[chosen] @ unit.T
-    similarity[range(len(chosen)), chosen] = -torch.inf  # not itself
-    nearest = similarity.argsort(dim=1, descending=True, stable=True)[:, : min(NEIGHBOURS, len(labels) - 1)].tolist()
-    pictures = thumbnails({names["keys"][i] for row in [chosen, *nearest] for i in row})
-
-    def shown(i: int) -> dict[str, Any]:
-        return {"picture": pictures[names["keys"][i]], "class": names["classes"][labels[i]] if labels[i] >= 0 else None}
-
-    return [[shown(i) for i in (query, *row)] for query, row in zip(chosen, nearest, strict=True)]
-
-
-def spread(labels: list[int], n: int) -> list[int]:
-    """Return the indices of `n` images, or of all there are, whose classes are as different as can be."""
-    by_class: dict[int, list[int]] = {label: [] for label in sorted(set(labels))}
-    for i, label in enumerate(labels):
-        by_class[label].append(i)
-    in_turn = [i for turn in zip_longest(*by_class.values()) for i in turn if i is not None]
-    pool = in_turn[: max(n, len(by_class))]
-    return [pool[i] for i in np.linspace(0, len(pool) - 1, min(n, len(pool))).astype(int)]
-
-
-def thumbnails(keys: set[str]) -> dict[str, str]:
-    """Find test images by key."""
-    samples = (sample for sample in shards.read(shards.tars("test")) if sample.key in keys)
-    found = {sample.key: charts.thumbnail(images.decode(sample.data)) for sample in samples}
-    if missing := keys - found.keys():
-        raise UserError(
-            f"{files.SHARDS} lacks {min(missing)}, which {files.FEATURES} names; run `barlow evaluate` again"
-        )
-    return found
+    if max(numbers, default=-1) >= len(test.keys):
+        raise UserError(f"{files.CONFUSION} has more images than {files.FEATURES}; run `barlow evaluate` again")
+    pixels = gallery.load("test", [test.keys[i] for i in numbers])
+    thumbnails = {i: pictures.thumbnail(pixels[test.keys[i]]) for i in numbers}
+    for row in rows:
+        labels = [int(test.labels[i]) for i in row["images"]]
+        row["shown"] = [
+            {"picture": thumbnails[i], "class": classes[label] if label >= 0 else None}
+            for i, label in zip(row["images"], labels, strict=True)
+        ]
+    if confusion:
+        confusion["mistakes"] = [(*m, [thumbnails[i] for i in m[2][: gallery.EXAMPLES]]) for m in mistakes]
+    return {"neighbours": found, "confusion": confusion}
 
 
 def checks(validation: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -202,44 +177,9 @@ def checks(validation: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {field: validation[f"{name}_{field}"] for field in fields} for name in names}
 
 
-def provenance() -> dict[str, str]:
-    """Return where the encoder and this page come from."""
-    exported = onnx.load(str(files.ONNX), load_external_data=False).metadata_props
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "code, git revision": revision(),
-        "data, SHA-256": str(model.load_weights(files.ENCODER)[1].get("data", "unknown")),
-        f"{files.ENCODER}, SHA-256": files.sha256(files.ENCODER),
-        f"{files.ONNX}, SHA-256": files.sha256(files.ONNX),
-        **{f"{files.ONNX.name}, {p.key}": p.value for p in exported if p.key != "classes"},
-        "this page: processors": f"{files.cpus()} of {processor[1] if processor else platform.machine()}",
-        "this page: GPUs": ", ".join(gpus) or "none",
-        "this page: system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+def claims() -> dict[str, Any]:
+    """Return reports/claims.json with each claim laid out."""
+    document: dict[str, Any] = files.read_json(CLAIMS)
+    return document | {
+        "claims": [results.claim(entry | {"metric": document["metric"]}) for entry in document["claims"]]
     }
-
-
-def revision() -> str:
-    """Return the project's git revision, and whether the code or the settings differ from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", "src", "params.yaml")
-        return f"{commit}, with uncommitted changes in src or params.yaml" if changed else commit
-    except (OSError, subprocess.CalledProcessError):
-        return "not in a git repository"
-
-
-def packages() -> dict[str, str]:
-    """Return the versions of what the pipeline runs on, as far as it is installed."""
-    required = [r for r in metadata.requires("barlow") or [] if "extra ==" not in r or 'extra == "train"' in r]
-    found = {}
-    for name in ["barlow", *sorted({re.split(r"[^\w.-]", requirement)[0] for requirement in required})]:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

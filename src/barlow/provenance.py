@@ -1,0 +1,69 @@
+"""Where an encoder and a page about it come from: git revision, hashes, versions, hardware."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import onnx
+import torch
+
+from barlow import files, model
+
+
+def facts() -> dict[str, dict[str, str]]:
+    """Return what is known of the encoder, of its ONNX file and of the page that is being written."""
+    exported = onnx.load(str(files.ONNX), load_external_data=False).metadata_props
+    trained = model.load_metadata(files.ENCODER)
+    return {
+        "Encoder": {
+            "training images, SHA-256": str(trained.get("data", "unknown")),
+            **{f"training: {name}": str(trained[name]) for name in ("version", "steps") if name in trained},
+            f"{files.ENCODER}, SHA-256": files.sha256(files.ENCODER),
+        },
+        str(files.ONNX): {
+            "SHA-256": files.sha256(files.ONNX),
+            **{p.key.replace("_", " "): p.value for p in exported if p.key != "classes"},
+        },
+        "This page": {"git revision": revision()} | hardware(),
+    }
+
+
+def hardware() -> dict[str, str]:
+    """Return this machine's processors, GPUs and system."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "processors": f"{files.cpus()} of {processor[1] if processor else platform.machine()}",
+        "GPUs": ", ".join(gpus) or "none",
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def revision() -> str:
+    """Return the project's git revision, and whether the code or the settings differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", "src", "params.yaml")
+        return f"{commit}, with uncommitted changes in src or params.yaml" if changed else commit
+    except (OSError, subprocess.CalledProcessError):
+        return "not in a git repository"
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of what the pipeline runs on, as far as it is installed."""
+    required = [r for r in metadata.requires("barlow") or [] if "extra ==" not in r or 'extra == "train"' in r]
+    found = {}
+    for name in ["barlow", *sorted({re.split(r"[^\w.-]", requirement)[0] for requirement in required})]:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

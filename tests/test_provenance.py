@@ -1,0 +1,39 @@
+import re
+import subprocess
+
+import stages
+import torch
+
+from barlow import files, model, provenance
+
+
+def test_what_is_known_of_the_encoder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.save_weights(files.ENCODER, {"w": torch.zeros(1)}, {"data": "digest", "steps": 872, "version": "1.2"})
+    stages.export()
+    facts = provenance.facts()
+    assert facts["Encoder"]["training images, SHA-256"] == "digest"
+    assert facts["Encoder"]["training: steps"] == "872"
+    assert facts["models/encoder.onnx"]["SHA-256"] == files.sha256(files.ONNX)
+    assert facts["models/encoder.onnx"]["space"] == "0123456789abcdef"
+    assert "classes" not in facts["models/encoder.onnx"]
+    assert facts["This page"]["processors"].startswith(f"{files.cpus()} of ")
+
+
+def test_packages_are_those_that_the_pipeline_runs_on():
+    versions = provenance.packages()
+    assert torch.__version__.startswith(versions["torch"])
+    assert "pytest" not in versions
+
+
+def test_the_revision_tells_a_changed_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert provenance.revision() == "not in a git repository"
+    (tmp_path / "params.yaml").write_text("a: 1")
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "m"]):
+        subprocess.run(["git", *command], check=True)
+    assert re.fullmatch("[0-9a-f]{40}", provenance.revision())
+    (tmp_path / "params.yaml").write_text("a: 2")
+    assert "uncommitted changes" in provenance.revision()
