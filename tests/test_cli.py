@@ -65,6 +65,17 @@ def test_only_pretrain_has_a_dry_run(stage, monkeypatch, capsys):
     assert "unrecognized arguments: --dry-run" in capsys.readouterr().err
 
 
+def test_report_writes_the_page_or_compares(stage, monkeypatch):
+    seen = []
+    for name in ("report", "compare"):
+        module = types.ModuleType(f"barlow.{name}")
+        module.run = lambda argument, name=name: seen.append((name, getattr(argument, "report", argument)))
+        monkeypatch.setitem(sys.modules, f"barlow.{name}", module)
+    assert cli.main(["report"]) == cli.main(["report", "--compare", "HEAD~1"]) == 0
+    assert [name for name, _ in seen] == ["report", "compare"]
+    assert seen[1][1] == "HEAD~1"
+
+
 @pytest.fixture
 def call(monkeypatch):
     """`call(command, *arguments)` returns what the command's function gets, by name."""

@@ -35,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
         add = commands.add_parser(stage, help=text, description=f"Stage `{stage}`: {text}. Settings: params.yaml.")
         if stage == "pretrain":
             add.add_argument("--dry-run", action="store_true", help="print what would run, with its memory and time")
+        if stage == "report":
+            text = "instead put this run beside that of a git revision or DVC experiment: reports/compare.html"
+            add.add_argument("--compare", metavar="REV", help=text)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text)
@@ -103,6 +106,8 @@ def dispatch(command: str, arguments: dict[str, Any]) -> None:
         settings = params.load()
         if command == "scan":
             importlib.import_module("barlow.ingest").scan(settings.data)
+        elif revision := arguments.pop("compare", None):
+            importlib.import_module("barlow.compare").run(revision)
         else:
             importlib.import_module(f"barlow.{command}").run(settings, **arguments)
     else:
