@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from serving import encoded, start
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
@@ -62,3 +63,14 @@ def test_python(service, monkeypatch, indexed):
     [program] = [block for block in blocks("python") if "barlow.encoder" in block]
     exec(program, names)
     assert names["vectors"] == pytest.approx(Encoder("models/encoder.onnx").embed(["a.jpg", "b.png"]))
+
+
+def test_the_first_row_of_results_is_that_of_the_committed_metrics():
+    """Figures with an interval, in their order: linear probe and kNN, each of the encoder and of a random one."""
+    header = next(line for line in README.splitlines() if re.match(r"\| *seed *\|", line))
+    row = README[README.index(header) :].splitlines()[2]
+    shown = re.findall(r"([\d.]+) \(([\d.]+)[-–]([\d.]+)\)", row)
+    metrics = json.loads((ROOT / "reports/evaluate.json").read_text())
+    keys = ("linear_top1", "random_linear_top1", "knn_top1", "random_knn_top1")
+    ends = ("", "_low", "_high")
+    assert [list(cell) for cell in shown] == [[f"{metrics[key + end]:.1f}" for end in ends] for key in keys]
