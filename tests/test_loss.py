@@ -33,38 +33,34 @@ def gradients(function, *views):
     return total.detach(), torch.cat([view.grad for view in views])
 
 
-def chunked_paper_gradient(z_a, z_b, lambd, rows=1024):
-    """The gradient of `paper_loss` by hand, from some rows of C at a time, so that D may be large."""
-    views = [z.requires_grad_() for z in (z_a, z_b)]
-    a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in views)
-    n, dim = a.shape
-    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
-    with torch.no_grad():
-        for start in range(0, dim, rows):
-            chunk = a[:, start : start + rows]
-            grad_c = chunk.T @ b / n
-            on = grad_c.diagonal(start)
-            on -= 1
-            grad_c *= 2 * lambd
-            on /= lambd
-            grad_a[:, start : start + rows] = b @ grad_c.T / n
-            grad_b += chunk @ grad_c / n
-    torch.autograd.backward([a, b], [grad_a, grad_b])
-    return torch.cat([view.grad for view in views])
+def paper_gradient_of(columns, z_a, z_b, lambd):
+    """The gradient of `paper_loss` by hand, but only that of some columns, so that D may be large."""
+    found = []
+    for z, other in ((z_a, z_b), (z_b, z_a)):  # the loss is the same with the views exchanged: C is transposed
+        z = z[:, columns].requires_grad_()
+        a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z, other))
+        grad_c = 2 * lambd * (a.detach().T @ b) / len(a)
+        rows = torch.arange(len(columns))
+        grad_c[rows, columns] = (grad_c[rows, columns] - 2 * lambd) / lambd
+        a.backward(b @ grad_c.T / len(a))
+        found.append(z.grad)
+    return torch.cat(found)
 
 
 def test_the_oracles_agree():
     views = [z.double() for z in embeddings(32, 50)]
     _, gradient = gradients(lambda a, b: paper_loss(a, b, 0.1), *views)
-    torch.testing.assert_close(chunked_paper_gradient(*views, 0.1, rows=8), gradient)
+    columns = torch.tensor([0, 7, 31, 49])
+    torch.testing.assert_close(paper_gradient_of(columns, *views, 0.1), gradient[:, columns])
 
 
 @pytest.mark.parametrize(("n", "dim"), GRID)
 def test_float32_gradient_equals_float64(n, dim):
     z_a, z_b = embeddings(n, dim)
     _, gradient = gradients(lambda a, b: barlow_twins_loss(a, b, 0.0051).total, z_a, z_b)
-    expected = chunked_paper_gradient(z_a.double(), z_b.double(), 0.0051)
-    assert (gradient - expected).norm() / expected.norm() <= 2e-6
+    columns = torch.arange(0, dim, max(dim // 512, 1))
+    expected = paper_gradient_of(columns, z_a.double(), z_b.double(), 0.0051)
+    assert (gradient[:, columns] - expected).norm() / expected.norm() <= 2e-6
 
 
 def test_two_samples_are_finite():
