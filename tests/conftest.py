@@ -22,6 +22,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items):
     """Begin with the file that takes longest and mostly waits, so that another process does the others meanwhile."""
     items.sort(key=lambda item: item.path.name != "test_flows.py")

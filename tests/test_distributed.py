@@ -1,4 +1,4 @@
-"""Real processes under torchrun against one: the loss, its gradient, what travels and batch norm."""
+"""Real processes against one: the loss, its gradient, what travels and batch norm."""
 
 import subprocess
 import sys
@@ -12,8 +12,9 @@ from barlow import distributed, model
 from barlow.ablation import ablated_loss
 from barlow.params import Ablation
 
-WORLD = 4  # two are in test_pretrain, which trains with them
+WORLD = 4  # two are in test_pretrain, which trains with them, under torchrun
 WORKER = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -21,11 +22,6 @@ from torch import nn
 from barlow import distributed, model
 from barlow.ablation import ablated_loss
 from barlow.loss import barlow_twins_loss
-
-torch.set_num_threads(1)
-device = distributed.start("cpu")
-rank, world = distributed.rank(), distributed.world_size()
-results = {}
 
 sent = 0
 def counted(collective, argument):
@@ -35,43 +31,58 @@ def counted(collective, argument):
         return collective(*tensors, **options)
     return call
 
-for name, case in torch.load(sys.argv[1], weights_only=True).items():
-    weight = case["weight"].clone().requires_grad_()
-    views = [view.chunk(world)[rank] for view in case["views"]]
-    originals, sent = (dist.all_reduce, dist.all_gather_into_tensor), 0
-    dist.all_reduce, dist.all_gather_into_tensor = counted(originals[0], 0), counted(originals[1], 1)
-    loss = ablated_loss(*(view @ weight for view in views), 0.0051, case["ablate"])
-    loss.total.backward()
-    dist.all_reduce, dist.all_gather_into_tensor = originals
-    dist.all_reduce(weight.grad)  # DistributedDataParallel's mean
-    results[name] = {"gradient": weight.grad / world, "total": loss.total.detach(), "sent": sent}
+def work(rank):
+    global sent
+    os.environ["RANK"] = str(rank)
+    device = distributed.start("cpu")
+    world = distributed.world_size()
+    assert distributed.rank() == rank
+    results = {}
 
-network = torch.nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6))
-network.load_state_dict(torch.load("network.pt", weights_only=True))
-network = model.synchronised(network, device)
-images = torch.load("images.pt", weights_only=True)
-network(images.chunk(world)[rank]).pow(3).mean().backward()
-for parameter in network.parameters():
-    dist.all_reduce(parameter.grad)
-    parameter.grad /= world
-results["network"] = {
-    "gradients": {name: parameter.grad for name, parameter in network.named_parameters()},
-    "state": network.state_dict(),
-}
+    for name, case in torch.load(sys.argv[1], weights_only=True).items():
+        weight = case["weight"].clone().requires_grad_()
+        views = [view.chunk(world)[rank] for view in case["views"]]
+        originals, sent = (dist.all_reduce, dist.all_gather_into_tensor), 0
+        dist.all_reduce, dist.all_gather_into_tensor = counted(originals[0], 0), counted(originals[1], 1)
+        loss = ablated_loss(*(view @ weight for view in views), 0.0051, case["ablate"])
+        loss.total.backward()
+        dist.all_reduce, dist.all_gather_into_tensor = originals
+        dist.all_reduce(weight.grad)  # DistributedDataParallel's mean
+        results[name] = {"gradient": weight.grad / world, "total": loss.total.detach(), "sent": sent}
 
-def gather(value):
-    values = [None] * world
-    torch.distributed.all_gather_object(values, value)
-    return values
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6))
+    network.load_state_dict(torch.load("network.pt", weights_only=True))
+    network = model.synchronised(network, device)
+    images = torch.load("images.pt", weights_only=True)
+    network(images.chunk(world)[rank]).pow(3).mean().backward()
+    for parameter in network.parameters():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= world
+    results["network"] = {
+        "gradients": {name: parameter.grad for name, parameter in network.named_parameters()},
+        "state": network.state_dict(),
+    }
 
-try:
-    barlow_twins_loss(torch.ones(4 + (rank == 1), 8), torch.ones(4 + (rank == 1), 8), 0.1)
-except ValueError as error:
-    results["unequal"] = gather(str(error))
-assert distributed.any_process(rank == 1, False) == [True, False]
-if rank == 0:
-    torch.save(results, "out.pt")
-distributed.stop()
+    def gather(value):
+        values = [None] * world
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    try:
+        barlow_twins_loss(torch.ones(4 + (rank == 1), 8), torch.ones(4 + (rank == 1), 8), 0.1)
+    except ValueError as error:
+        results["unequal"] = gather(str(error))
+    assert distributed.any_process(rank == 1, False) == [True, False]
+    if rank == 0:
+        torch.save(results, "out.pt")
+    distributed.stop()
+
+torch.set_num_threads(1)
+world = int(sys.argv[2])
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE=str(world))
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # that one, and none of their own
+torch.multiprocessing.start_processes(work, nprocs=world, start_method="fork")  # one import of torch for all
 """
 
 
@@ -112,8 +123,8 @@ def processes(tmp_path_factory, cases, images):
     for name, content in {"in.pt": cases, "images.pt": images, "network.pt": network().state_dict()}.items():
         torch.save(content, folder / name)
     (folder / "worker.py").write_text(WORKER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-    done = subprocess.run([*launch, "worker.py", "in.pt"], cwd=folder, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "worker.py", "in.pt", str(WORLD)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "out.pt", weights_only=True)
 
