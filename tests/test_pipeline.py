@@ -82,9 +82,8 @@ def test_metrics_and_plots_are_shown(project):
 
 
 def test_a_stopped_and_then_killed_pretraining_goes_on_when_the_flow_tries_again(project, tmp_path):
-    """A setting of the views has changed, so that all runs again from there on, and nothing before it."""
+    """It ends with the weights of before, to the bit: of what comes after it DVC runs what reads the setting alone."""
     copy = shutil.copytree(project, tmp_path / "barlow", symlinks=True)
-    set_param(copy, "flip: 0.5", "flip: 0.4")
     set_param(copy, "checkpoint_steps: null", "checkpoint_steps: 4")
     commit(copy)
     flow = "from flows.retrain import retrain; retrain(retry_seconds=0.1, return_state=True)"
@@ -112,7 +111,8 @@ def test_a_stopped_and_then_killed_pretraining_goes_on_when_the_flow_tries_again
         pretraining().kill()
         after = running.communicate(timeout=120)[0]
     assert re.search(r"'pretrain' - going on from step [1-9]\d* of 16", after)
-    assert list(dict.fromkeys(ran("".join([*lines, after])))) == ["pretrain", "evaluate", "export", "report"]
+    assert list(dict.fromkeys(ran("".join([*lines, after])))) == ["pretrain", "report"]
+    assert files.sha256(copy / files.ENCODER) == files.sha256(project / files.ENCODER)
     assert "Finished in state Promoted" in after
 
 
