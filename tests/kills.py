@@ -6,20 +6,34 @@ Runs in the current folder, a project with data/shards and params.yaml, and rewr
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
 import random
 import shutil
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-ENCODER, RESUME = Path("models/encoder.safetensors"), Path("models/resume")
+from barlow import params, pretrain  # imported once, for all the processes that are killed
+
+ENCODER = Path("models/encoder.safetensors")
 
 
-def start() -> tuple[subprocess.Popen[str], str]:
-    """Start the stage; return it once it trains, and what it said about where."""
-    process = subprocess.Popen([sys.executable, "-m", "barlow.cli", "pretrain"], stdout=subprocess.PIPE, text=True)
-    lines = [process.stdout.readline() for _ in range(2)]
+def stage(stdout: int) -> None:
+    """Run the stage, which says what it says to `stdout`."""
+    os.dup2(stdout, 1)
+    pretrain.run(params.load())
+
+
+def start() -> tuple[BaseProcess, str]:
+    """Start the stage in a process of its own; return it once it trains, and what it said about where."""
+    reader, writer = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=stage, args=(writer,))
+    process.start()
+    os.close(writer)
+    process.said = os.fdopen(reader)  # open as long as the process is
+    lines = [process.said.readline() for _ in range(2)]
     return process, lines[1].strip()
 
 
@@ -32,8 +46,9 @@ def main(kills: int) -> int:
     shutil.rmtree("models", ignore_errors=True)
     process, _ = start()
     started = time.monotonic()
-    if process.communicate() and process.returncode:
-        return process.returncode
+    process.join()
+    if process.exitcode:
+        return process.exitcode
     seconds, expected = time.monotonic() - started, weights()
     print(f"undisturbed: {seconds:.1f} s of training, {expected[:12]}", flush=True)
     draws, runs, killed = random.Random(0), 0, 0
@@ -43,16 +58,15 @@ def main(kills: int) -> int:
         while True:
             process, place = start()
             delay = draws.uniform(0, seconds / 2)
-            try:
-                process.communicate(timeout=delay if killed < kills else None)
+            process.join(delay if killed < kills else None)
+            if not process.is_alive():
                 break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                killed += 1
-                print(f"kill {killed}: {delay:.2f} s after: {place}", flush=True)
-        if process.returncode or weights() != expected:
-            print(f"FAILED: run {runs} ended with {process.returncode} and other weights", file=sys.stderr)
+            process.kill()
+            process.join()
+            killed += 1
+            print(f"kill {killed}: {delay:.2f} s after: {place}", flush=True)
+        if process.exitcode or weights() != expected:
+            print(f"FAILED: run {runs} ended with {process.exitcode} and other weights", file=sys.stderr)
             return 1
     print(f"{killed} kills in {runs} run(s): the same weights, bit for bit")
     return 0

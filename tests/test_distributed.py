@@ -1,11 +1,14 @@
 """Real processes against one: the loss, its gradient, what travels and batch norm."""
 
+import os
 import subprocess
 import sys
 import typing
 
+import psutil
 import pytest
 import torch
+from serving import until
 from torch import nn
 
 from barlow import distributed, model
@@ -190,15 +193,37 @@ def test_batch_norm_is_that_of_torch_on_a_gpu():
         torch.distributed.destroy_process_group()
 
 
+LAUNCH = [sys.executable, "-c", "from barlow import distributed; assert distributed.launch(2, 'cpu')"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "code"), [("--version", 0), ("preset unknown", 2)])
 def test_a_command_in_several_processes_ends_as_they_do(arguments, code):
     """Commands that need no torch; those that train are in test_pretrain."""
-    script = "import sys; from barlow import distributed; assert distributed.launch(2, 'cpu')"
-    done = subprocess.run([sys.executable, "-c", script, *arguments.split()], capture_output=True, text=True)
+    done = subprocess.run([*LAUNCH, *arguments.split()], capture_output=True, text=True)
     assert done.returncode == code, done.stderr[-3000:]
     assert done.stdout.count("barlow ") == (2 if code == 0 else 0)
     assert ("barlow preset: preset 'unknown' is not in presets/" in done.stderr) == (code == 2)
+
+
+@pytest.mark.slow
+def test_where_a_process_is_killed_the_command_says_so_and_ends_the_others(tmp_path):
+    """They wait for their settings: a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "params.yaml")
+    with subprocess.Popen([*LAUNCH, "scan"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as command:
+        ranks = psutil.Process(command.pid).children
+        try:
+            until(lambda: len(ranks()) == 2, 120)
+            started = ranks()
+            started[1].kill()
+            error = command.communicate(timeout=120)[1]
+        finally:
+            for process in [*ranks(), command] if command.poll() is None else ():
+                process.kill()
+    assert command.returncode == 1, error
+    assert "barlow: process 1 was killed by signal 9\n" in error
+    assert "FutureWarning" not in error
+    assert not any(child.is_running() for child in started)
 
 
 def test_one_process_needs_no_group():
