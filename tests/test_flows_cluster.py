@@ -42,30 +42,22 @@ def test_kubernetes_has_as_many_nodes_in_all_its_lines():
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-@pytest.fixture
-def slurm(reproduced, tmp_path):
-    """`slurm(**environment)` runs the script in a project that is up to date; returns its code and the project."""
-    project = shutil.copytree(reproduced, tmp_path / "barlow", symlinks=True)
+def slurm(project, stand_ins, **environment):
+    """Run the script in a project, with stand-ins for commands; return its code."""
     (project / "bin").mkdir()
-    for name, script in STAND_INS.items():
+    for name, script in stand_ins.items():
         (project / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
         (project / "bin" / name).chmod(0o755)
     path = os.pathsep.join([str(project / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_GPUS_ON_NODE": "8"}
-
-    def slurm(**environment):
-        done = subprocess.run(
-            ["bash", "flows/cluster/slurm.sh"], cwd=project, env=os.environ | job | {"PATH": path} | environment
-        )
-        return done.returncode, project
-
-    return slurm
+    environment = os.environ | job | {"PATH": path} | environment
+    return subprocess.run(["bash", FOLDER / "slurm.sh"], cwd=project, env=environment).returncode
 
 
 @pytest.mark.slow
-def test_slurm_pretrains_on_all_nodes_and_hands_over(slurm):
-    code, project = slurm(PREFECT_API_URL="http://server/api")
-    assert code == 0
+def test_slurm_pretrains_on_all_nodes_and_hands_over(reproduced, tmp_path):
+    project = shutil.copytree(reproduced, tmp_path / "barlow", symlinks=True)
+    assert slurm(project, STAND_INS, PREFECT_API_URL="http://server/api") == 0
     assert (project / "srun.txt").read_text().split() == [
         *("torchrun", "--nnodes", "2", "--nproc-per-node", "8", "--max-restarts", "3", "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", "node-1:29400", "--rdzv-id", "7", "-m", "barlow.cli", "pretrain"),
@@ -75,12 +67,12 @@ def test_slurm_pretrains_on_all_nodes_and_hands_over(slurm):
     assert ran(run(project, "dvc", "repro")) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("checkpoints", "restarts", "again"), [(1, "0", True), (0, "0", False), (1, "20", False)])
-def test_slurm_queues_an_interrupted_job_again(slurm, tmp_path, checkpoints, restarts, again):
+def test_slurm_queues_an_interrupted_job_again(tmp_path, checkpoints, restarts, again):
+    (tmp_path / "models/resume").mkdir(parents=True)
     for i in range(checkpoints):
-        (tmp_path / f"barlow/models/resume/{i}.ckpt").touch()
-    code, project = slurm(SRUN_CODE="1", SLURM_RESTART_COUNT=restarts)
-    assert code == 1
-    assert (project / "scontrol.txt").exists() is again
-    assert not (project / "prefect.txt").exists()
+        (tmp_path / f"models/resume/{i}.ckpt").touch()
+    nothing = dict.fromkeys(["barlow", "dvc"], "exit 0")
+    assert slurm(tmp_path, STAND_INS | nothing, SRUN_CODE="1", SLURM_RESTART_COUNT=restarts) == 1
+    assert (tmp_path / "scontrol.txt").exists() is again
+    assert not (tmp_path / "prefect.txt").exists()
