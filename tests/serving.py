@@ -20,7 +20,7 @@ import uvicorn
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-DEADLINE = 30  # seconds to start in, on a machine that does other things too
+DEADLINE = 120  # seconds to start in, on a machine that does other things too
 
 
 @dataclass
@@ -83,7 +83,7 @@ def ready(port, host="127.0.0.1"):
         return False
 
 
-def until(condition, seconds=10.0, why="it did not come true"):
+def until(condition, seconds=60.0, why="it did not come true"):
     """Return the first true value of `condition()`; it is asked every few milliseconds."""
     end = time.monotonic() + seconds
     while not (value := condition()):

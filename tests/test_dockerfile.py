@@ -160,7 +160,7 @@ def test_the_serving_stage_works_in_a_clean_environment(tmp_path, mean_onnx):
     command[command.index("--host") + 1], command[command.index("--port") + 1] = "127.0.0.1", port
     server = subprocess.Popen(command, cwd=app, env=environment, start_new_session=True)
     try:
-        assert wait_until_ready(f"http://127.0.0.1:{port}/v2/health/ready", server, seconds=30) == 200
+        assert wait_until_ready(f"http://127.0.0.1:{port}/v2/health/ready", server, seconds=120) == 200
         assert post_image(f"http://127.0.0.1:{port}/v1/embed", (10, 20, 30))["results"][0]["embedding"] == [10, 20, 30]
         server.terminate()
         assert server.wait(timeout=20) in (0, -signal.SIGTERM)

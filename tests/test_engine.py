@@ -35,7 +35,7 @@ class Watched:
         self.batches.append(batch)
         for embeddings in self.encoder.run(self._each(pixels, batch), size):
             self.entered.release()
-            assert self.go.wait(20)
+            assert self.go.wait(60)
             yield embeddings
 
     def _each(self, pixels, batch):
@@ -48,7 +48,7 @@ class Watched:
     async def busy(self, times=1):
         """Wait until so many more batches are being computed."""
         for _ in range(times):
-            assert await asyncio.to_thread(self.entered.acquire, timeout=20), "no worker took it"
+            assert await asyncio.to_thread(self.entered.acquire, timeout=60), "no worker took it"
 
     @property
     def sizes(self):
@@ -77,7 +77,7 @@ async def running(encoder, workers=1, **settings):
 
 
 def go(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
+    return asyncio.run(asyncio.wait_for(coroutine, 120))
 
 
 def picture(*colour, size=(3, 2)):

@@ -88,7 +88,7 @@ class Service:
 
 
 def go(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 20))
+    return asyncio.run(asyncio.wait_for(coroutine, 120))
 
 
 def is_error(answer, status, why=""):

@@ -58,7 +58,7 @@ def wait(page, state="done"):
 
 def until(page, expression):
     """Wait until JavaScript is true; Playwright's own way needs eval, which the page forbids."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not page.evaluate(expression):
         assert time.monotonic() < end, expression
         page.wait_for_timeout(20)

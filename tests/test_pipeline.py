@@ -109,7 +109,7 @@ def test_a_stopped_and_then_killed_pretraining_goes_on_when_the_flow_tries_again
         assert says(r"barlow pretrain: stopped at step \d+ of"), "".join(lines)
         assert says("epoch 1/2"), "".join(lines)
         pretraining().kill()
-        after = running.communicate(timeout=120)[0]
+        after = running.communicate(timeout=300)[0]
     assert re.search(r"'pretrain' - going on from step [1-9]\d* of 16", after)
     assert list(dict.fromkeys(ran("".join([*lines, after])))) == ["pretrain", "report"]
     assert files.sha256(copy / files.ENCODER) == files.sha256(project / files.ENCODER)

@@ -307,7 +307,7 @@ def test_two_processes_are_stopped_and_one_goes_on_along_the_same_curve(project,
         ranks = children(process.pid)
         assert len(ranks) == 2
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     error = Path("stderr").read_text()
     assert process.returncode == 75, error
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
@@ -332,7 +332,7 @@ def test_torchrun_starts_the_processes_again_and_they_end_as_one_does(
     with started(params, *torchrun) as process:
         read_to(process, "epoch 1/4")
         os.kill(children(process.pid)[1], signal.SIGKILL)
-        said = process.communicate(timeout=120)[0]
+        said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, Path("stderr").read_text()[-3000:]
     assert re.search(r"^going on from step \d+ of 24$", said, re.MULTILINE)
     assert said.count("epoch 4/4") == 1  # one of them tells
