@@ -66,7 +66,7 @@ def test_sigterm_answers_what_was_asked_and_ends_the_process(tmp_path, mean_onnx
     model = mean_onnx(tmp_path / "encoder.onnx")
     image = png(10, 20, 30)
     head = "POST /v1/embed HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 19\r\n\r\n"
-    with start(model, "--max-queue-delay-us", 1_500_000) as service, client(service.url) as asked:
+    with start(model, "--max-queue-delay-us", 3_000_000) as service, client(service.url) as asked:
         with Wire(service.port) as slow, Wire(service.port) as idle, ThreadPoolExecutor(8) as pool:
             answers = [pool.submit(asked.post, "/v1/embed", files=files_of(image)) for _ in range(8)]
             slow.send(head, b'{"images":')
