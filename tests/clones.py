@@ -40,12 +40,16 @@ def commit(project):
 
 
 def clone(project):
-    """Make a clone of what git would commit now, with the smoke preset merged in and committed; return its path."""
+    """Make a clone of what git would commit now, with the smoke preset merged in and committed; return its path.
+
+    Its pretraining writes checkpoints, which the preset's would be too short for.
+    """
     for name in filter(None, run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard").split("\n")):
         if (ROOT / name).exists() and name != "dvc.lock":
             (project / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, project / name)
     run(project, "git", "init", "--quiet")
     run(project, "barlow", "preset", "smoke")
+    set_param(project, "checkpoint_steps: null", "checkpoint_steps: 4")
     commit(project)
     return project
