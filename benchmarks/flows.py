@@ -16,7 +16,9 @@ import time
 import urllib.request
 from pathlib import Path
 
-from rounds import hardware, seconds
+from rounds import seconds
+
+from barlow import machine
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 3
@@ -28,7 +30,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from clones import clone, commit, run
 
-    print(hardware())
+    print(machine.hardware())
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"PREFECT_HOME": f"{folder}/home", "PREFECT_API_URL": API, "DVC_NO_ANALYTICS": "1"}
         project = clone(Path(folder) / "barlow")

@@ -18,6 +18,8 @@ import rounds
 import yaml
 from PIL import Image
 
+from barlow import machine
+
 ROOT = Path(__file__).parent.parent
 STAGES = ("ingest", "validate", "shard")
 
@@ -45,7 +47,7 @@ def measure(project: Path) -> list[float]:
 
 if __name__ == "__main__":
     largest = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
-    print(rounds.hardware())
+    print(machine.hardware())
     print("| images | " + " | ".join(STAGES) + " | exponents |")
     print("|---" * (len(STAGES) + 2) + "|")
     with tempfile.TemporaryDirectory() as work:

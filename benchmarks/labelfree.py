@@ -13,11 +13,10 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import rounds
 import torch
 from scipy.stats import spearmanr
 
-from barlow import evaluate, extract, features, ingest, model, params, shard, shards, strict, validate
+from barlow import evaluate, extract, features, ingest, machine, model, params, shard, shards, strict, validate
 from barlow.loss import barlow_twins_loss
 from barlow.training import Training
 
@@ -119,7 +118,7 @@ def main(source: Path) -> None:
                 print(
                     "  ".join(f"{key} {value:.3g}" if key != "run" else value for key, value in row.items()), flush=True
                 )
-    print(f"\n{rounds.hardware()}; {len(rows)} checkpoints of {len(RUNS)} runs")
+    print(f"\n{machine.hardware()}; {len(rows)} checkpoints of {len(RUNS)} runs")
     print("| checkpoint after epochs | " + " | ".join(map(str, EPOCHS)) + " |\n|---|" + "---|" * len(EPOCHS))
     for name, group in groupby(rows, lambda row: row["run"]):
         print(f"| {name} | " + " | ".join(f"{row['linear_top1']:.1f}" for row in group) + " |")

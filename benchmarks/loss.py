@@ -12,7 +12,7 @@ from pathlib import Path
 import rounds
 import torch
 
-from barlow import loss
+from barlow import loss, machine
 from barlow.loss import barlow_twins_loss
 
 
@@ -80,7 +80,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 4:
         print_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
         sys.exit()
-    print(rounds.hardware())
+    print(machine.hardware())
     torch.manual_seed(0)
     for n, dim in [(64, 512), (256, 2048), (256, 8192), (1024, 2048)]:
         compare(n, dim)

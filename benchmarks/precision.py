@@ -16,9 +16,9 @@ import numpy as np
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # torch's threads would spin on, and slow down what is measured next
 import torch
-from rounds import hardware, seconds
+from rounds import seconds
 
-from barlow import export, files, model, params, quantize
+from barlow import export, files, machine, model, params, quantize
 from barlow.encoder import Encoder
 
 ROUNDS = 7
@@ -64,7 +64,7 @@ def measure(calls, pixels, repeat):
 
 
 def main() -> None:
-    print(hardware())
+    print(machine.hardware())
     settings = params.load()
     torch.set_num_threads(files.cpus())
     for name, network in networks(settings):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 ROUNDS = 7
 
@@ -24,13 +21,6 @@ def faster(ratios: Iterable[float]) -> str:
     """Put the ratios of the rounds into words: the median, the range and how many there are."""
     each = list(ratios)
     return f"{statistics.median(each):.2f} times faster ({min(each):.2f} to {max(each):.2f}, n={len(each)})"
-
-
-def hardware() -> str:
-    """Name the processor and the number of cores this process may use."""
-    with Path("/proc/cpuinfo").open() as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -10,10 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import rounds
 import yaml
 
-from barlow import files
+from barlow import files, machine
 
 SEEDS = (0, 1, 2)
 NAMES = [f"{prefix}{name}_top1" for name in ("linear", "knn") for prefix in ("", "random_")]
@@ -50,7 +49,7 @@ def row(metrics: dict[str, float]) -> str:
 
 if __name__ == "__main__":
     os.chdir(Path(__file__).parent.parent)
-    print(rounds.hardware())
+    print(machine.hardware())
     print("| seed | linear probe | random encoder | gain | kNN | random encoder | gain | pretraining |")
     print("|---|---|---|---|---|---|---|---|")
     found = []

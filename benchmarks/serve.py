@@ -30,9 +30,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 from PIL import Image
-from rounds import hardware
 
-from barlow import export, files, model, params, quantize, synthetic
+from barlow import export, files, machine, model, params, quantize, synthetic
 from barlow.encoder import Encoder
 from barlow.images import decode
 
@@ -240,7 +239,7 @@ def main() -> None:
     parser.add_argument("--reloads", type=int, default=0)
     parser.add_argument("--soak", type=float, default=0)
     arguments = parser.parse_args()
-    print(hardware())
+    print(machine.hardware())
     if arguments.reloads or arguments.soak:
         endure(arguments.reloads, arguments.soak)
         return

@@ -98,9 +98,9 @@ def main(folder: str | None) -> None:
     import pictures
     import rounds
 
-    from barlow import files
+    from barlow import files, machine
 
-    print(rounds.hardware())
+    print(machine.hardware())
     source = folder and Path(folder).resolve()
     with tempfile.TemporaryDirectory() as work:
         os.chdir(work)

@@ -133,7 +133,7 @@ def evaluation(classes, test, labelled):
         metrics |= {f"{name}_images": images for name, images in FEW.items()}
         for i, name in enumerate(("finetuned_share_1", "scratch_share_1", "finetuned_share_10", "scratch_share_10")):
             finetuned |= accuracy(f"{name}_top1", 31.4 + 7 * i)
-        finetuned |= accuracy("supervised_top1", 71.9) | {"supervised_views": 1000}
+        finetuned |= accuracy("supervised_top1", 71.9) | {"supervised_images": 1000}
     files.write_json(files.REPORTS / "evaluate.json", metrics)
     files.write_json(files.REPORTS / "finetune.json", finetuned)
     table(files.FEW_LABELS, ["encoder", "setting", "images", "draw", "top1"], draws)

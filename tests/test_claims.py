@@ -219,6 +219,8 @@ def test_what_has_run_is_not_run_again_and_what_failed_or_was_stopped_is(stub, m
     pid = int((control / "pid").read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     assert trained(control) == [1.0]
+    assert run(project, "git", "status", "--porcelain", "--", "params.yaml") == ""  # DVC has put it back
+    assert run(project, "git", "branch", "--show-current").strip()
     (control / "waits").unlink()
 
     (project / "src/other.py").write_text("# what no stage reads")

@@ -4,20 +4,22 @@ import subprocess
 import stages
 import torch
 
-from barlow import files, model, provenance
+from barlow import files, machine, model, provenance
 
 
 def test_what_is_known_of_the_encoder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model.save_weights(files.ENCODER, {"w": torch.zeros(1)}, {"data": "digest", "steps": 872, "version": "1.2"})
     stages.export()
+    files.write_json(files.REPORTS / "pretrain.json", {"hardware": "8 x GPU", "processes": 8})
     facts = provenance.facts()
     assert facts["Encoder"]["training images, SHA-256"] == "digest"
     assert facts["Encoder"]["training: steps"] == "872"
+    assert facts["Encoder"]["training: hardware"] == "8 x GPU"
     assert facts["models/encoder.onnx"]["SHA-256"] == files.sha256(files.ONNX)
     assert facts["models/encoder.onnx"]["space"] == "0123456789abcdef"
     assert "classes" not in facts["models/encoder.onnx"]
-    assert facts["This page"]["processors"].startswith(f"{files.cpus()} of ")
+    assert facts["This page"]["hardware"] == machine.hardware()
 
 
 def test_packages_are_those_that_the_pipeline_runs_on():

@@ -7,17 +7,13 @@ experiment is named by all that it reads, so that what has run once, for whichev
 from __future__ import annotations
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from barlow import experiments, files, grid, probe
+from barlow import experiments, files, grid, machine, probe
 from barlow.params import Params
 
 CLAIMS = files.REPORTS / "claims.json"
@@ -72,7 +68,7 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
         {
             "preset": preset,
             "revision": revision,
-            "hardware": hardware(),
+            "hardware": machine.hardware(),
             "seconds": seconds,  # of pretraining, in all experiments of this call
             "seeds": plan.seeds,
             "metric": METRIC,
@@ -174,11 +170,3 @@ def table(claim: Mapping[str, Any]) -> str:
         label = f"{point['label']} (base)" if point["base"] else point["label"]
         lines.append(f"| {label} | {mean} | {interval} | {runs} |")
     return "\n".join([*lines, "", claim["text"]])
-
-
-def hardware() -> str:
-    """Name the processor, the number of cores this process may use, and the GPU if there is one."""
-    with Path("/proc/cpuinfo").open() as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{model}, {files.cpus()} cores{gpu}"

@@ -38,13 +38,14 @@ def run(name: str) -> None:
                 f"{where} has no {files.REPORTS}/evaluate.json, so there is nothing to compare; run `dvc repro`"
             )
     drawn, missing = overlaid(commit)
+    stages = sorted({*old, *new} - OF_MANY_RUNS)
     page = {
         "name": name,
         "commit": commit,
         "subject": _git("log", "-1", "--format=%s", commit).strip(),
         "revision": provenance.revision(),
         "params": differing(yaml.safe_load(_git("show", f"{commit}:./{PARAMS}")), yaml.safe_load(PARAMS.read_text())),
-        "metrics": {stage: rows(old.get(stage, {}), new.get(stage, {})) for stage in sorted({*old, *new} - OF_MANY_RUNS)},
+        "metrics": {stage: rows(old.get(stage, {}), new.get(stage, {})) for stage in stages},
         "curves": drawn,
         "missing": missing,
     }

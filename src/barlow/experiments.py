@@ -26,6 +26,7 @@ from barlow.errors import Interrupted, UserError
 STAGES = ("pretrain", "extract", "evaluate")
 TRIES = 5  # where DVC itself fails: another of its processes may hold a lock
 SECONDS = 2  # between two of them
+GRACE = 60  # seconds from SIGINT to SIGKILL
 
 
 def inputs() -> dict[str, Any]:
@@ -129,9 +130,16 @@ def _run(
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """End an experiment, which has a session of its own: DVC, the stage and all that it started."""
+    """End an experiment, which has a session of its own: DVC, the stage and all that it started.
+
+    At its start and its end DVC holds the project on another commit with other params; asked to stop, it undoes that.
+    """
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _reason(said: str) -> str:

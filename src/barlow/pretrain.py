@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from barlow import __version__, checkpoint, distributed, features, files, model, plan
+from barlow import __version__, checkpoint, distributed, features, files, machine, model, plan
 from barlow.ablation import ablated_loss
 from barlow.curves import Curves, Progress
 from barlow.errors import Interrupted
@@ -94,7 +94,8 @@ def finish(run: Training) -> None:
     model.save_weights(files.ENCODER, run.network.backbone.state_dict(), metadata)
     model.save_weights(files.CORRELATION, run.correlation, {})
     whole = {"epochs": len(run.history), "seconds": sum(row["seconds"] for row in run.history)}
-    files.write_json(files.REPORTS / "pretrain.json", run.history[-1] | whole)
+    where = {"hardware": machine.hardware(), "processes": distributed.world_size()}
+    files.write_json(files.REPORTS / "pretrain.json", run.history[-1] | whole | where)
     checkpoint.clear(checkpoint.FOLDER)
 
 

@@ -6,40 +6,32 @@ import platform
 import re
 import subprocess
 from importlib import metadata
-from pathlib import Path
 
 import onnx
-import torch
 
-from barlow import files, model
+from barlow import files, machine, model
 
 
 def facts() -> dict[str, dict[str, str]]:
     """Return what is known of the encoder, of its ONNX file and of the page that is being written."""
     exported = onnx.load(str(files.ONNX), load_external_data=False).metadata_props
-    trained = model.load_metadata(files.ENCODER)
+    trained, pretrained = model.load_metadata(files.ENCODER), files.read_json(files.REPORTS / "pretrain.json")
     return {
         "Encoder": {
             "training images, SHA-256": str(trained.get("data", "unknown")),
             **{f"training: {name}": str(trained[name]) for name in ("version", "steps") if name in trained},
+            **{f"training: {name}": str(pretrained[name]) for name in ("hardware", "processes") if name in pretrained},
             f"{files.ENCODER}, SHA-256": files.sha256(files.ENCODER),
         },
         str(files.ONNX): {
             "SHA-256": files.sha256(files.ONNX),
             **{p.key.replace("_", " "): p.value for p in exported if p.key != "classes"},
         },
-        "This page": {"git revision": revision()} | hardware(),
-    }
-
-
-def hardware() -> dict[str, str]:
-    """Return this machine's processors, GPUs and system."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "processors": f"{files.cpus()} of {processor[1] if processor else platform.machine()}",
-        "GPUs": ", ".join(gpus) or "none",
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "This page": {
+            "git revision": revision(),
+            "hardware": machine.hardware(),
+            "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        },
     }
 
 
