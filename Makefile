@@ -48,7 +48,7 @@ bench: .venv/installed ## run benchmarks/, each a ratio to what a user would pic
 	python benchmarks/precision.py
 	python benchmarks/serve.py
 
-seeds: .venv/installed ## the headline figures for three seeds, on the shards of the last repro (about 15 minutes)
+seeds: .venv/installed ## the headline figures for three seeds, on the shards of the last repro (about 10 minutes)
 	python benchmarks/seeds.py
 
 PRESET ?= cpu

@@ -74,20 +74,3 @@ def committed(name):
 def test_the_results_are_what_summary_prints_of_the_committed_metrics():
     table = summary.table(committed("evaluate") | committed("finetune"))
     assert f"```\n{table}\n```" in README
-
-
-def test_each_row_of_the_seeds_is_that_of_the_committed_metrics():
-    """Figures with an interval, in their order: linear probe and kNN, each of the encoder and of a random one."""
-    header = next(line for line in README.splitlines() if re.match(r"\| *seed *\|", line))
-    rows = README[README.index(header) :].splitlines()[2:]
-    keys = ("linear_top1", "random_linear_top1", "knn_top1", "random_knn_top1")
-    seeds = committed("seeds")
-    for row, metrics in zip(rows, seeds, strict=False):
-        shown = re.findall(r"([\d.]+) \(([\d.]+)-([\d.]+)\)", row)
-        assert row.startswith(f"| {metrics['seed']} |")
-        assert [list(cell) for cell in shown] == [
-            [f"{metrics[key + end]:.1f}" for end in ("", "_low", "_high")] for key in keys
-        ]
-    assert len(seeds) >= 3
-    evaluated = committed("evaluate")
-    assert all(seeds[0][key] == pytest.approx(evaluated[key]) for key in keys)  # seed 0 is the run of params.yaml
