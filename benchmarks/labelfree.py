@@ -20,8 +20,8 @@ from barlow import evaluate, extract, features, ingest, machine, model, params, 
 from barlow.loss import barlow_twins_loss
 from barlow.training import Training
 
-EACH = {"train": 500, "test": 200}  # images of a class
-EPOCHS = (1, 2, 4, 6)  # after which a run is looked at
+EACH = {"train": 1000, "test": 200}  # images of a class
+EPOCHS = (2, 5, 10)  # after which a run is looked at
 CROP_ALONE = {"jitter": 0.0, "grayscale": 0.0, "solarize": (0.0, 0.0), "flip": 0.0}
 RUNS = {
     "as it should be": {},
