@@ -52,7 +52,7 @@ def test_the_presets_are_valid_and_their_base_is_a_point_of_every_claim(params, 
         assert base == document
 
 
-def test_the_cpu_preset_has_57_experiments(params):
+def test_the_cpu_preset_has_51_experiments(params):
     plan = grid.load("cpu", params)
     named = {
         grid.name("cpu", grid.apply(params, grid.overrides(plan, point, seed), ""), INPUTS | {"sections": list(base)})
@@ -61,8 +61,8 @@ def test_the_cpu_preset_has_57_experiments(params):
         for point in claim.points
         for seed in plan.seeds
     }
-    assert sum(len(claim.points) for claim in plan.claims) == 24
-    assert len(named) == 19 * 3
+    assert sum(len(claim.points) for claim in plan.claims) == 22
+    assert len(named) == 17 * 3
 
 
 def test_an_experiment_sets_base_point_and_seeds(load, params):

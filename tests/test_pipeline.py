@@ -63,7 +63,7 @@ def test_again_runs_no_stage(project):
     ("line", "other", "stages"),
     [
         ("parity_images: 9", "parity_images: 10", {"export", "report"}),
-        ("flip: 0.5", "flip: 0.4", {"pretrain", "evaluate", "report"}),
+        ("flip: 0.5", "flip: 0.4", {"pretrain", "extract", "finetune", "report"}),
     ],
 )
 def test_a_param_makes_stale_what_reads_it(project, line, other, stages):

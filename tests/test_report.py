@@ -175,6 +175,14 @@ def test_curves_and_pretraining_figures(project, page):
     assert sum(len(line) == 14 for line in lines) == len(report.CURVES)
 
 
+def test_a_supervised_network_that_is_ahead_is_told_at_once(copy, smoke):
+    path = files.REPORTS / "finetune.json"
+    for top1, ahead in {50.0: False, 99.0: True}.items():
+        figures = {"supervised_top1": top1, "supervised_top1_low": top1 - 1, "supervised_top1_high": top1 + 1}
+        files.write_json(path, files.read_json(path) | figures)
+        assert (f"supervised network of the same shape is ahead, at {top1}" in render(smoke).text["headline"]) == ahead
+
+
 def test_a_run_of_one_step(tmp_path, monkeypatch, smoke):
     monkeypatch.chdir(tmp_path)
     stages.write(test=1, epochs=1)
