@@ -154,6 +154,18 @@ def reproduced(tmp_path_factory):
     return project
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, without a window; tests that want it are marked `browsers.needed`."""
+    from browsers import CHROMIUM
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch, small_shards):
     """An empty project to run stages in, with `small_shards` as its data/shards."""

@@ -154,28 +154,21 @@ def export():
 
 def claims():
     """Return a document of three claims, one with a point of which no run ended."""
-    point = {
-        "label": "32",
-        "base": True,
-        "params": {"pretrain.batch_size": 32},
-        "mean": 61.25,
-        "low": 57.0,
-        "high": 65.5,
-    }
-    point["runs"] = [{"seed": 0, "linear_top1": 60.5, "experiment": "a-0"}, {"seed": 1, "linear_top1": 62.0}]
-    other = {
-        "label": "64",
-        "base": False,
-        "params": {"pretrain.batch_size": 64},
-        "mean": 63.0,
-        "low": 62.0,
-        "high": 64.0,
-    }
-    other["runs"] = [{"seed": 0, "linear_top1": 63.0}, {"seed": 1, "failed": "the loss is not finite"}]
-    failed = {"label": "128", "base": False, "params": {"pretrain.batch_size": 128}, "mean": None, "low": None}
-    failed |= {"high": None, "runs": [{"seed": 0, "failed": "out of memory"}]}
+
+    def point(label, interval, *runs, base=False):
+        figures = dict(zip(("mean", "low", "high"), interval, strict=True))
+        return {"label": label, "base": base, "params": {"pretrain.batch_size": int(label)}, "runs": runs} | figures
+
+    first = {"seed": 0, "linear_top1": 60.5, "experiment": "a-0"}
+    points = [
+        point("32", (61.25, 57.0, 65.5), first, {"seed": 1, "linear_top1": 62.0}, base=True),
+        point(
+            "64", (63.0, 62.0, 64.0), {"seed": 0, "linear_top1": 63.0}, {"seed": 1, "failed": "the loss is not finite"}
+        ),
+        point("128", (None, None, None), {"seed": 0, "failed": "out of memory"}),
+    ]
     words = {"title": "No large batches needed", "claim": "The paper says so.", "rule": "At most 2 points less."}
-    claim = {**words, "x_label": "batch size", "text": "It was 61.3 %.", "points": [point, other, failed]}
+    claim = {**words, "x_label": "batch size", "text": "It was 61.3 %.", "points": points}
     entries = [{**claim, "name": v.replace(" ", "_"), "verdict": v} for v in ("shown", "not shown", "contradicted")]
     setting = {
         "preset": "cpu",

@@ -3,14 +3,11 @@
 import shutil
 import time
 
+import browsers
 import pytest
 from serving import encoded, start
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: `make system` installs it where it runs as root"),
-]
+pytestmark = [pytest.mark.slow, browsers.needed]
 CLASSES = ["a", "b", "c", "d"]
 
 
@@ -18,16 +15,6 @@ CLASSES = ["a", "b", "c", "d"]
 def service(indexed):
     with start(indexed / "models/encoder.onnx", cwd=indexed) as service:
         yield service
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

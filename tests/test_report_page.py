@@ -1,29 +1,15 @@
 """The report of a whole pipeline, in a real browser; skipped where there is no Chromium."""
 
 import re
-import shutil
 
+import browsers
 import pytest
 from test_report import SECTIONS, Page
 
 from barlow import files, summary
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: `make system` installs it where it runs as root"),
-]
+pytestmark = [pytest.mark.slow, browsers.needed]
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

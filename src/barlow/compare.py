@@ -5,7 +5,6 @@ Reads params.yaml, reports/*.json and the curves in reports/pretrain/ of both. W
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import dvc.api
 import yaml
 
-from barlow import charts, files, pages, provenance
+from barlow import charts, experiments, files, pages, provenance
 from barlow.errors import UserError
 from barlow.params import PARAMS
 
@@ -29,8 +28,8 @@ def run(name: str) -> None:
         UserError: there is no such revision, or one of the two has no metrics.
     """
     commit = resolve(name)
-    listed = _git("ls-tree", "--name-only", commit, f"{files.REPORTS}/").splitlines()
-    old = {Path(path).stem: json.loads(_git("show", f"{commit}:./{path}")) for path in listed if path.endswith(".json")}
+    listed = experiments.git("ls-tree", "--name-only", commit, f"{files.REPORTS}/").splitlines()
+    old = {Path(path).stem: experiments.read(commit, path) for path in listed if path.endswith(".json")}
     new = {path.stem: files.read_json(path) for path in sorted(files.REPORTS.glob("*.json"))}
     for run, where in ((old, name), (new, "this folder")):
         if "evaluate" not in run:
@@ -42,9 +41,11 @@ def run(name: str) -> None:
     page = {
         "name": name,
         "commit": commit,
-        "subject": _git("log", "-1", "--format=%s", commit).strip(),
+        "subject": experiments.git("log", "-1", "--format=%s", commit).strip(),
         "revision": provenance.revision(),
-        "params": differing(yaml.safe_load(_git("show", f"{commit}:./{PARAMS}")), yaml.safe_load(PARAMS.read_text())),
+        "params": differing(
+            yaml.safe_load(experiments.git("show", f"{commit}:./{PARAMS}")), yaml.safe_load(PARAMS.read_text())
+        ),
         "metrics": {stage: rows(old.get(stage, {}), new.get(stage, {})) for stage in stages},
         "curves": drawn,
         "missing": missing,
@@ -58,12 +59,10 @@ def resolve(name: str) -> str:
         raise UserError(f"--compare {name}: this folder is not in a git repository")
     if not name.startswith("-"):
         try:
-            return _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").strip()
+            return experiments.git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").strip()
         except subprocess.CalledProcessError:
-            for line in _git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines():
-                commit, _, reference = line.partition(" ")
-                if reference.rpartition("/")[2] == name:
-                    return commit
+            if commit := experiments.finished().get(name):
+                return commit
     raise UserError(
         f"--compare {name} is no git revision and no DVC experiment; `git log` and `dvc exp show` list them"
     )
@@ -117,7 +116,3 @@ def overlaid(commit: str) -> tuple[dict[str, Any], list[str]]:
         both = [pages.curve(text), pages.curve(path.read_text())]
         drawn[path.stem] = charts.curves(both, log=path.stem in pages.LOGARITHMIC)
     return drawn, missing
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout

@@ -60,19 +60,19 @@ def dvc(*arguments: str) -> None:
 
 def finished() -> dict[str, str]:
     """Return the commits of all experiments there are, by name."""
-    listed = _git("for-each-ref", "refs/exps", "--format=%(refname) %(objectname)")
+    listed = git("for-each-ref", "refs/exps", "--format=%(refname) %(objectname)")
     rows = (line.split() for line in listed.splitlines())
     return {ref.rpartition("/")[2]: commit for ref, commit in rows}
 
 
 def read(commit: str, path: Path | str) -> Any:
     """Return a JSON file of a commit."""
-    return json.loads(_git("show", f"{commit}:{path}"))
+    return json.loads(git("show", f"{commit}:./{path}"))
 
 
 def revision(*paths: str) -> str:
     """Return the commit that is checked out, with `-dirty` where one of `paths` differs from it."""
-    head = _git("rev-parse", "HEAD").strip()
+    head = git("rev-parse", "HEAD").strip()
     dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *paths]).returncode != 0
     return f"{head}-dirty" if dirty else head
 
@@ -155,7 +155,8 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "PYTHONPATH": "src", "DVC_NO_ANALYTICS": "1"}
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
+    """Run git in this folder and return what it prints; raises CalledProcessError where it fails."""
     return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
 
 
