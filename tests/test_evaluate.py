@@ -101,6 +101,14 @@ def test_no_draws_no_few_label_probes(extracted, smoke, change):
     assert not [name for name in files.read_json("reports/evaluate.json") if name.startswith(("labels", "share"))]
 
 
+def test_baselines_can_be_left_out(metrics, smoke, change):
+    for name in ("random", "pixels"):
+        (files.FEATURES / f"{name}.safetensors").unlink()
+    evaluate.run(change(smoke, "extract", baselines=False))
+    kept = {name: value for name, value in metrics.items() if not name.startswith(("random_", "pixels_"))}
+    assert files.read_json("reports/evaluate.json") == kept
+
+
 def test_it_is_deterministic(metrics, smoke):
     before = [path.read_bytes() for path in (files.REPORTS / "evaluate.json", files.HEAD, files.FEW_LABELS)]
     evaluate.run(smoke)

@@ -60,15 +60,6 @@ def test_results_are_read_from_git(repository):
         assert experiments.read(finished[name], "reports/evaluate.json") == {"linear_top1": number}
 
 
-def test_the_revision_says_what_was_changed(repository):
-    head = git("rev-parse", "HEAD")
-    (repository / "README.md").write_text("notes")
-    assert experiments.revision("src", "dvc.yaml") == head
-    (repository / "src/a.py").write_text("other")
-    assert experiments.revision("src", "dvc.yaml") == f"{head}-dirty"
-    assert experiments.revision("dvc.yaml") == head
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -70,6 +70,15 @@ def test_pixels_are_the_image_shrunk(extracted, smoke):
     assert np.abs(planes.astype(int) - np.asarray(image).astype(int)).max() <= 1  # rounding
 
 
+def test_baselines_can_be_left_out(folder, tmp_path, monkeypatch, smoke, change):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/shards", "models"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(folder / name)
+    extract.run(change(smoke, "extract", baselines=False))
+    assert [path.name for path in files.FEATURES.iterdir()] == ["pretrained.safetensors"]
+
+
 def test_the_views_are_pairs(extracted):
     """Two views of one image are more alike than those of two images."""
     view_a, view_b = (features.load("pretrained", name).features for name in ("view_a", "view_b"))

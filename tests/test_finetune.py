@@ -44,9 +44,9 @@ def test_training_learns_the_labels_it_is_given_and_starts_where_it_is_told(enco
     """All weights move, the labels are learnt, and no steps at a rate of 0 leave the start as it was."""
     study = Study(change(params, "finetune", batch_size=32))
     start = {name: tensor.clone() for name, tensor in encoder.backbone.state_dict().items()}
-    learnt = study.top1(start, study.labelled, 0.05, 40, "train")
+    learnt = study.top1(study.train(start, study.labelled, 0.05, 40), "train")
     assert learnt > 60
-    assert learnt > study.top1(start, study.labelled, 1e-9, 2, "train") + 20
+    assert learnt > study.top1(study.train(start, study.labelled, 1e-9, 2), "train") + 20
     for name, tensor in encoder.backbone.state_dict().items():
         assert torch.equal(tensor, start[name])  # the caller's weights are not touched
 
@@ -71,18 +71,42 @@ def test_only_the_drawn_images_are_trained_on(encoder, params):
     assert set(np.concatenate(asked).tolist()) == {3, 8, 11}
 
 
-def test_the_learning_rate_is_chosen_on_val(encoder, params, change, monkeypatch):
-    study, asked = Study(change(params, "finetune", lr=(0.1, 0.2, 0.3))), []
-    accuracies = {0.1: 30.0, 0.2: 50.0, 0.3: 40.0}
+@pytest.fixture
+def recorded(encoder, params, change, monkeypatch):
+    """Record what is trained and on what it is looked at, and train nothing; a learning rate of 0.2 is best."""
 
-    def top1(start, numbers, lr, steps, split):
-        asked.append((lr, split))
-        return accuracies[lr]
+    def record(lr):
+        study = Study(change(params, "finetune", lr=lr, supervised_budget=1.0))
+        trained, seen = [], []
+        accuracies = {0.1: 30.0, 0.2: 50.0, 0.3: 40.0}
+        monkeypatch.setattr(study, "train", lambda start, numbers, lr, steps: trained.append((lr, steps)) or lr)
+        monkeypatch.setattr(study, "top1", lambda lr, split: seen.append((lr, split)) or accuracies[lr])
+        return study, trained, seen
 
-    monkeypatch.setattr(study, "top1", top1)
+    return record
+
+
+def test_the_learning_rate_is_chosen_on_val_in_the_first_draw(recorded):
+    study, trained, seen = recorded((0.1, 0.2, 0.3))
     figures = study.few_labels("finetuned_share_50", None, 0.5)
     assert figures["finetuned_share_50_lr"] == 0.2
-    assert asked == [(0.1, "val"), (0.2, "val"), (0.3, "val"), (0.2, "test"), (0.2, "test")]
+    assert trained == [(0.1, 6), (0.2, 6), (0.3, 6), (0.2, 6)]
+    assert seen == [(0.1, "val"), (0.2, "val"), (0.3, "val"), (0.2, "test"), (0.2, "test")]
+
+
+def test_the_supervised_network_chooses_it_in_shorter_trials(recorded):
+    study, trained, seen = recorded((0.1, 0.2))
+    assert study.supervised()["supervised_lr"] == 0.2
+    assert trained == [(0.1, 2), (0.2, 2), (0.2, 24)]  # 2 epochs of 3 batches of 64 in batches of 16
+    assert seen == [(0.1, "val"), (0.2, "val"), (0.2, "test")]
+
+
+def test_with_one_learning_rate_there_is_nothing_to_choose(recorded):
+    study, trained, seen = recorded((0.3,))
+    study.few_labels("finetuned_share_50", None, 0.5)
+    study.supervised()
+    assert trained == [(0.3, 6), (0.3, 6), (0.3, 24)]
+    assert seen == [(0.3, "test")] * 3
 
 
 def test_without_labels_there_is_nothing_to_finetune(encoder, params, small_shards):

@@ -38,4 +38,5 @@ def test_the_revision_tells_a_changed_checkout(tmp_path, monkeypatch):
         subprocess.run(["git", *command], check=True)
     assert re.fullmatch("[0-9a-f]{40}", provenance.revision())
     (tmp_path / "params.yaml").write_text("a: 2")
-    assert "uncommitted changes" in provenance.revision()
+    assert provenance.revision().endswith(", with uncommitted changes in params.yaml")
+    assert re.fullmatch("[0-9a-f]{40}", provenance.revision(["src"]))

@@ -140,6 +140,17 @@ def test_a_bad_result_is_called_one(copy, smoke, low, high, said):
     assert said in render(smoke).text["headline"]
 
 
+def test_without_baselines_the_page_says_so(copy, smoke):
+    path = files.REPORTS / "evaluate.json"
+    kept = {key: value for key, value in files.read_json(path).items() if not key.startswith(("random_", "pixels_"))}
+    files.write_json(path, kept)
+    page = render(smoke)
+    assert "extract.baselines" in page.text["headline"]
+    assert "untrained" not in page.text["headline"]
+    assert page.row("headline", "effective rank") == ["87.65", ""]
+    assert {key for _, key, _ in page.figures if key.startswith(("random_", "pixels_"))} == set()
+
+
 def test_without_labels_the_page_says_so(tmp_path, monkeypatch, smoke):
     monkeypatch.chdir(tmp_path)
     stages.write(labelled=False, claimed=False)

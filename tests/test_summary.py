@@ -62,6 +62,19 @@ def test_without_labels_health_alone_is_shown():
     assert "effective rank" in table
 
 
+def test_without_baselines_their_columns_are_empty():
+    lines = summary.table(
+        {name: value for name, value in METRICS.items() if not name.startswith("random_")}
+    ).splitlines()
+    assert [line[26:].split() for line in lines[1:]] == [
+        ["70.1", "(67.2", "to", "72.9)"],
+        ["60.0", "(57.0", "to", "63.0)"],
+        ["31.30"],
+        ["0.20"],
+        ["-2.50"],
+    ]
+
+
 def test_it_says_where_the_report_lies(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"reports/evaluate.json is missing"):

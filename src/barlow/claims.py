@@ -13,12 +13,18 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from barlow import experiments, files, grid, machine, probe
+from barlow import experiments, files, grid, machine, probe, provenance
 from barlow.params import Params
 
 CLAIMS = files.REPORTS / "claims.json"
 METRIC = "linear_top1"
-READ = ("src", "params.yaml", "dvc.yaml", "data/source.json", "presets/claims")  # what makes a revision dirty
+READ = (
+    "src",
+    "params.yaml",
+    "dvc.yaml",
+    "data/source.json",
+    "presets/claims",
+)  # changes here are told beside the revision
 Interval = tuple[float, float]
 
 
@@ -47,7 +53,7 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
     done = {name: commit for name, commit in experiments.finished().items() if name in todo}
     results = {name: experiments.read(commit, files.REPORTS / "evaluate.json") for name, commit in done.items()}
     seconds = sum(experiments.read(commit, files.REPORTS / "pretrain.json")["seconds"] for commit in done.values())
-    revision = experiments.revision(*READ)
+    revision = provenance.revision(READ)
     base = called(grid.Point("", {}), plan.seeds[0])
 
     told = {}

@@ -40,7 +40,8 @@ def run(params: Params) -> None:
     p, classes = params.evaluate, shards.classes()
     metrics: dict[str, float] = {"classes": len(classes)}
     draws = []
-    for encoder, prefix in PREFIXES.items():
+    prefixes = PREFIXES if params.extract.baselines else {"pretrained": ""}
+    for encoder, prefix in prefixes.items():
         splits = {name: features.load(encoder, name) for name in ("train", "val", "test")}
         scores = score(splits, len(classes), p)
         figures = scores.metrics | (health(encoder) if encoder != "pixels" else {})

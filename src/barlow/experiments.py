@@ -70,13 +70,6 @@ def read(commit: str, path: Path | str) -> Any:
     return json.loads(git("show", f"{commit}:./{path}"))
 
 
-def revision(*paths: str) -> str:
-    """Return the commit that is checked out, with `-dirty` where one of `paths` differs from it."""
-    head = git("rev-parse", "HEAD").strip()
-    dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *paths]).returncode != 0
-    return f"{head}-dirty" if dirty else head
-
-
 def assignment(key: str, value: Any) -> str:
     """Return what `dvc exp run --set-param` takes."""
     if isinstance(value, float):

@@ -22,26 +22,29 @@ from barlow.features import CHUNK, Split
 from barlow.params import Params
 from barlow.views import TwinViews
 
+SPLITS = ("train", "val", "test")
 MIN_HEALTH_IMAGES = 100  # in val; with fewer the health figures come from pretrain
 HEALTH_IMAGES = 2000  # that the health figures look at; pairwise distances cost its square
 PIXELS = 32  # px, the side of the images that are features themselves, at most
 
 
 def run(params: Params) -> None:
-    """Write the features of the pretrained encoder and of both baselines.
+    """Write the features of the pretrained encoder, and of both baselines if they are wanted.
 
     Raises:
         UserError: there is no encoder, or no shards.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = model.load_encoder()[0].to(device)
-    torch.manual_seed(params.extract.seed)
-    random = model.FrozenEncoder(params.model, params.views).to(device)
-    for name, network in {"pretrained": encoder, "random": random}.items():
-        splits = {split: features.embed(network, images_of(split), device) for split in ("train", "val", "test")}
+    networks = {"pretrained": encoder}
+    if params.extract.baselines:
+        torch.manual_seed(params.extract.seed)
+        networks["random"] = model.FrozenEncoder(params.model, params.views).to(device)
+        side = min(params.views.size, PIXELS)
+        features.save("pixels", {split: pixels(split, side) for split in SPLITS})
+    for name, network in networks.items():
+        splits = {split: features.embed(network, images_of(split), device) for split in SPLITS}
         features.save(name, splits | health(network, params, device))
-    side = min(params.views.size, PIXELS)
-    features.save("pixels", {split: pixels(split, side) for split in ("train", "val", "test")})
     print(f"{files.FEATURES}: " + ", ".join(f"{len(split.keys)} images of {name}" for name, split in splits.items()))
 
 

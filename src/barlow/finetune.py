@@ -8,6 +8,8 @@ images as pretraining did. The protocol is in docs/evaluation.md.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,13 @@ def run(params: Params) -> None:
     files.write_json(files.REPORTS / "finetune.json", metrics | {"seconds": time.monotonic() - started})
 
 
+class Trained(NamedTuple):
+    """A classifier: what it embeds images with, and what it reads the embeddings with."""
+
+    encoder: model.FrozenEncoder
+    head: nn.Linear
+
+
 class Study:
     """Networks trained on labels of train, their learning rates chosen on val, each read on test once."""
 
@@ -53,38 +62,42 @@ class Study:
         self.labelled = (self.labels >= 0).nonzero().flatten()
 
     def few_labels(self, name: str, start: Weights | None, share: float) -> dict[str, float]:
-        """Fine-tune on a share of the labels, a few draws of them."""
-        top1, lr = list[float](), 0.0
+        """Fine-tune on a share of the labels, a few draws of them; the first one chooses the learning rate."""
+        top1, lrs = list[float](), self.p.lr
         for draw in range(self.p.draws):
             drawn = probe.draw_labels(self.labels[self.labelled], share, [self.p.seed, draw])
-            numbers = self.labelled[drawn]
-            lr = lr or self.choose(start, numbers, self.p.steps)
-            top1.append(self.top1(start, numbers, lr, self.p.steps, "test"))
+            lr, trained = self.best(start, self.labelled[drawn], lrs, self.p.steps)
+            top1.append(self.top1(trained, "test"))
+            lrs = (lr,)
         return self.report(name, top1, lr)
 
     def supervised(self) -> dict[str, float]:
         """Train from random weights on all labels, with `supervised_budget` times the images that pretraining saw."""
-        p = self.pretrain
+        p, lrs = self.pretrain, self.p.lr
         epoch = shards.count(shards.tars("pretrain")) // p.batch_size * p.batch_size
         steps = max(round(self.p.supervised_budget * p.epochs * epoch / self.p.batch_size), 1)
-        lr = self.choose(None, self.labelled, max(round(TRIAL * steps), 1))
-        top1 = self.top1(None, self.labelled, lr, steps, "test")
+        if len(lrs) > 1:
+            lrs = (self.best(None, self.labelled, lrs, max(round(TRIAL * steps), 1))[0],)
+        lr, trained = self.best(None, self.labelled, lrs, steps)
+        top1 = self.top1(trained, "test")
         return self.report("supervised", [top1], lr) | {"supervised_images": steps * self.p.batch_size}
 
     def report(self, name: str, top1: list[float], lr: float) -> dict[str, float]:
         """Print a figure and return it with its interval and the learning rate that was chosen."""
-        images = sum(1 for _ in features.labelled("test"))
+        images = int((shards.Samples(shards.tars("test")).labels() >= 0).sum())
         figures = probe.figure(f"{name}_top1", top1, images)
         value, low, high = figures.values()
         print(f"{name:<24}{value:.1f} ({low:.1f} to {high:.1f}), learning rate {lr:g}", flush=True)
         return figures | {f"{name}_lr": lr}
 
-    def choose(self, start: Weights | None, numbers: Tensor, steps: int) -> float:
-        """Return the learning rate that is best on val after `steps`."""
-        return max(self.p.lr, key=lambda lr: self.top1(start, numbers, lr, steps, "val"))
+    def best(self, start: Weights | None, numbers: Tensor, lrs: Sequence[float], steps: int) -> tuple[float, Trained]:
+        """Train with each learning rate, and return the one that is best on val with what came of it."""
+        trained = {lr: self.train(start, numbers, lr, steps) for lr in lrs}
+        lr = max(lrs, key=lambda lr: self.top1(trained[lr], "val")) if len(lrs) > 1 else lrs[0]
+        return lr, trained[lr]
 
-    def top1(self, start: Weights | None, numbers: Tensor, lr: float, steps: int, split: str) -> float:
-        """Train on some images of train, and return the accuracy on another split in percent."""
+    def train(self, start: Weights | None, numbers: Tensor, lr: float, steps: int) -> Trained:
+        """Train on some images of train."""
         torch.manual_seed(self.p.seed)
         encoder = model.FrozenEncoder(self.model, self.views)
         if start is not None:
@@ -94,8 +107,12 @@ class Study:
         network = nn.Sequential(encoder.backbone, head).to(self.device).to(memory_format=torch.channels_last)
         self.fit(network.train().requires_grad_(True), numbers.numpy(), lr, steps)
         network.eval().requires_grad_(False)
-        found = features.embed(encoder.to(self.device), features.labelled(split), self.device)
-        return probe.accuracy(head.cpu()(found.features).argmax(1), found.labels)
+        return Trained(encoder.to(self.device), head.cpu())
+
+    def top1(self, trained: Trained, split: str) -> float:
+        """Return the accuracy on a split in percent."""
+        found = features.embed(trained.encoder, features.labelled(split), self.device)
+        return probe.accuracy(trained.head(found.features).argmax(1), found.labels)
 
     def fit(self, network: nn.Module, numbers: shards.Indices, lr: float, steps: int) -> None:
         """Minimise the cross-entropy by stochastic gradient descent, with warm-up and cosine decay."""

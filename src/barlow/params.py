@@ -137,6 +137,7 @@ class Extract:
     """The `extract` stage."""
 
     seed: Count
+    baselines: bool
 
 
 @dataclass(frozen=True)

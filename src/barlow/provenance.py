@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 
 import onnx
@@ -35,16 +36,16 @@ def facts() -> dict[str, dict[str, str]]:
     }
 
 
-def revision() -> str:
-    """Return the project's git revision, and whether the code or the settings differ from it."""
+def revision(paths: Iterable[str] = ("src", "params.yaml")) -> str:
+    """Return the project's git revision, and which of some files and folders differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", "src", "params.yaml")
-        return f"{commit}, with uncommitted changes in src or params.yaml" if changed else commit
+        changed = [path for path in paths if git("status", "--porcelain", "--", path)]
+        return f"{commit}, with uncommitted changes in {', '.join(changed)}" if changed else commit
     except (OSError, subprocess.CalledProcessError):
         return "not in a git repository"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from barlow import charts, pictures, probe
+from barlow import charts, pictures, probe, summary
 
 Metrics = Mapping[str, float]
 ENCODERS = {"": "pretrained", "random_": "random encoder", "pixels_": "raw pixels"}
@@ -21,10 +21,9 @@ CLASSES = 15  # best, and as many worst, of the classes where there are more tha
 def settings(metrics: Metrics) -> dict[str, tuple[str, int]]:
     """Return title and labelled images of each few-label setting, and of `linear`, all labels, by rising number."""
     found = {"linear": ("all", int(metrics.get("train_images", 0)))}
-    for key, images in metrics.items():
-        if match := re.fullmatch(r"(labels|share)_(.+)_images", key):
-            kind, amount = match.groups()
-            found[f"{kind}_{amount}"] = (f"{amount} a class" if kind == "labels" else f"{amount} %", int(images))
+    for name, images in summary.few_labels(metrics).items():
+        kind, _, amount = name.partition("_")
+        found[name] = (f"{amount} a class" if kind == "labels" else f"{amount} %", images)
     measured = {name: value for name, value in found.items() if f"{name}_top1" in metrics}
     return dict(sorted(measured.items(), key=lambda item: (item[1][1], item[0])))
 

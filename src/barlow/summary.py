@@ -40,18 +40,28 @@ def table(metrics: Mapping[str, float]) -> str:
         lines.append("no labels in each of train, val and test: only the health of the features can be told")
     for name in ("effective_rank", "alignment", "uniformity"):
         if name in metrics:
-            lines.append(f"{name.replace('_', ' '):<26}{metrics[name]:>22.2f}{metrics[f'random_{name}']:>22.2f}")
+            values = (metrics[key] for key in (name, f"random_{name}") if key in metrics)
+            lines.append(f"{name.replace('_', ' '):<26}" + "".join(f"{value:>22.2f}" for value in values))
     return "\n".join(lines)
 
 
 def rows(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Return the name of each accuracy that was measured, without `_top1`, and what to call it."""
-    few = [name.removesuffix("_images") for name in metrics if re.fullmatch(r"(labels|share)_[\d.]+_images", name)]
-    few.sort(key=lambda name: (metrics[f"{name}_images"], name))
+    few = few_labels(metrics)
     calls = {"linear": "linear probe", "knn": "weighted kNN", **{name: few_words(name) for name in few}}
     calls |= {f"finetuned_{name}": f"fine-tuned, {few_words(name)}" for name in few}
     calls["supervised"] = "supervised, all labels"
     return [(name, text) for name, text in calls.items() if f"{name}_top1" in metrics]
+
+
+def few_labels(metrics: Mapping[str, float]) -> dict[str, int]:
+    """Return the few-label settings by name, `labels_N` or `share_N`, with their labelled images, by rising number."""
+    found = {
+        name.removesuffix("_images"): int(images)
+        for name, images in metrics.items()
+        if re.fullmatch(r"(labels|share)_[\d.]+_images", name)
+    }
+    return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
 
 
 def columns_of(name: str) -> list[str]:
