@@ -79,12 +79,16 @@ def test_values_as_dvc_takes_them(value, text):
 FAKE = """
 import os, subprocess, sys, time
 from pathlib import Path
+project = Path(os.environ["PYTHONPATH"])
+if "cache" in sys.argv:
+    sys.exit(print(project / "cache"))
 name = sys.argv[sys.argv.index("--name") + 1]
-tries = Path(f"{name}.tries")
+(project / f"{name}.seen").write_text(Path("src/a.py").read_text())
+tries = project / f"{name}.tries"
 tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
 if name == "slow":
     child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    Path("child").write_text(str(child.pid))
+    (project / "child").write_text(str(child.pid))
     os.kill(int(os.environ["TESTED"]), 15)
     child.wait()
 if name == "busy" and len(tries.read_text()) < 3 or name == "never":
@@ -109,6 +113,18 @@ def test_a_stage_that_fails_is_a_result_and_a_busy_dvc_is_asked_again(fake):
     assert outcomes == {"busy": None, "fails": "barlow pretrain: the loss is not finite", "fine": None}
     assert set(experiments.finished()) == {"busy", "fine"}
     assert [len(Path(f"{name}.tries").read_text()) for name in ("busy", "fails", "fine")] == [3, 1, 1]
+
+
+def test_they_start_from_the_project_as_it_was_and_leave_it_alone(fake, repository):
+    head = git("rev-parse", "HEAD")
+    (repository / "src/a.py").write_text("uncommitted")
+    for name, _ in experiments.run({"first": {}, "second": {}}, 1):
+        (repository / "src/a.py").write_text(f"edited after {name}")
+    seen = {name: (repository / f"{name}.seen").read_text() for name in ("first", "second")}
+    assert seen == {"first": "uncommitted", "second": "uncommitted"}
+    assert (git("rev-parse", "HEAD"), git("diff", "--name-only")) == (head, "src/a.py")
+    assert (repository / "src/a.py").read_text() == "edited after second"
+    assert list((repository / ".dvc/tmp").iterdir()) == []
 
 
 def test_a_dvc_that_cannot_run_is_an_error(fake):

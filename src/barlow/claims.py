@@ -50,9 +50,9 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
         for point in claim.points
     }
     failed = run_missing(todo, jobs)
-    done = {name: commit for name, commit in experiments.finished().items() if name in todo}
-    results = {name: experiments.read(commit, files.REPORTS / "evaluate.json") for name, commit in done.items()}
-    seconds = sum(experiments.read(commit, files.REPORTS / "pretrain.json")["seconds"] for commit in done.values())
+    done = {name: reference for name, reference in experiments.finished().items() if name in todo}
+    results = {name: experiments.read(done[name], files.REPORTS / "evaluate.json") for name in done}
+    seconds = sum(experiments.read(done[name], files.REPORTS / "pretrain.json")["seconds"] for name in done)
     revision = provenance.revision(READ)
     base = called(grid.Point("", {}), plan.seeds[0])
 

@@ -6,6 +6,7 @@ Reads params.yaml, reports/*.json and the curves in reports/pretrain/ of both. W
 from __future__ import annotations
 
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,11 @@ def resolve(name: str) -> str:
     """Return the commit of a git revision, or of a DVC experiment by its name."""
     if subprocess.run(["git", "rev-parse", "--git-dir"], capture_output=True).returncode:
         raise UserError(f"--compare {name}: this folder is not in a git repository")
-    if not name.startswith("-"):
-        try:
-            return experiments.git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").strip()
-        except subprocess.CalledProcessError:
-            if commit := experiments.finished().get(name):
-                return commit
+    for reference in (name, experiments.finished().get(name, "")):
+        with suppress(subprocess.CalledProcessError):
+            return experiments.git(
+                "rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}"
+            ).strip()
     raise UserError(
         f"--compare {name} is no git revision and no DVC experiment; `git log` and `dvc exp show` list them"
     )
