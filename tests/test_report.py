@@ -146,7 +146,7 @@ def test_without_baselines_the_page_says_so(copy, smoke):
     files.write_json(path, kept)
     page = render(smoke)
     assert "extract.baselines" in page.text["headline"]
-    assert "untrained" not in page.text["headline"]
+    assert "same network untrained" not in page.text["headline"]
     assert page.row("headline", "effective rank") == ["87.65", ""]
     assert {key for _, key, _ in page.figures if key.startswith(("random_", "pixels_"))} == set()
 
