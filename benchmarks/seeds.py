@@ -1,7 +1,7 @@
 """`make seeds`: the headline figures for three seeds, on the shards that `make repro` left; writes reports/seeds.json.
 
 Each seed trains its own encoder, and draws its own random one and its own few labels; data, params and protocol are of
-params.yaml. The table goes into README.md.
+params.yaml. The table goes into benchmarks/RESULTS.md.
 """
 
 import os

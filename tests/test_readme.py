@@ -74,3 +74,11 @@ def committed(name):
 def test_the_results_are_what_summary_prints_of_the_committed_metrics():
     table = summary.table(committed("evaluate") | committed("finetune"))
     assert f"```\n{table}\n```" in README
+
+
+def test_what_it_says_of_other_seeds_is_what_they_came_out_at():
+    first, *others = committed("seeds")
+    names = ("linear_top1", "knn_top1")
+    assert {name: first[name] for name in names} == {name: committed("evaluate")[name] for name in names}
+    lower = [round(first[name] - other[name]) for name in names for other in others]
+    assert f"two other seeds came out {min(lower)} to {max(lower)} points lower" in README
