@@ -28,13 +28,14 @@ def test_the_table_shows_the_figures():
 
 
 def test_rows_are_in_the_order_of_the_labels_they_need():
-    few = {"labels_1": 4, "labels_10": 40, "share_10": 12, "share_0.5": 5}
+    few = {"labels_1": 4, "labels_10": 40, "share_10": 12, "share_0.5": 5, "share_1e-05": 3}
     metrics = METRICS | {f"{name}_images": count for name, count in few.items()}
     metrics |= {f"{prefix}{name}_top1": 1.0 for name in few for prefix in ("", "random_")}
     metrics |= {"finetuned_share_10_top1": 2.0, "scratch_share_10_top1": 3.0, "supervised_top1": 4.0}
     assert [text for _, text in summary.rows(metrics)] == [
         "linear probe",
         "weighted kNN",
+        "1e-05 % of labels",
         "1 label a class",
         "0.5 % of labels",
         "10 % of labels",

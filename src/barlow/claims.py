@@ -18,13 +18,7 @@ from barlow.params import Params
 
 CLAIMS = files.REPORTS / "claims.json"
 METRIC = "linear_top1"
-READ = (
-    "src",
-    "params.yaml",
-    "dvc.yaml",
-    "data/source.json",
-    "presets/claims",
-)  # changes here are told beside the revision
+READ = ("src", "params.yaml", "dvc.yaml", "data/source.json", "presets/claims")  # told beside the revision if changed
 Interval = tuple[float, float]
 
 

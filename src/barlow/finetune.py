@@ -60,6 +60,7 @@ class Study:
         self.samples = shards.Samples(shards.tars("train"))
         self.labels = torch.from_numpy(self.samples.labels())
         self.labelled = (self.labels >= 0).nonzero().flatten()
+        self.test_images = int((shards.Samples(shards.tars("test")).labels() >= 0).sum())
 
     def few_labels(self, name: str, start: Weights | None, share: float) -> dict[str, float]:
         """Fine-tune on a share of the labels, a few draws of them; the first one chooses the learning rate."""
@@ -84,8 +85,7 @@ class Study:
 
     def report(self, name: str, top1: list[float], lr: float) -> dict[str, float]:
         """Print a figure and return it with its interval and the learning rate that was chosen."""
-        images = int((shards.Samples(shards.tars("test")).labels() >= 0).sum())
-        figures = probe.figure(f"{name}_top1", top1, images)
+        figures = probe.figure(f"{name}_top1", top1, self.test_images)
         value, low, high = figures.values()
         print(f"{name:<24}{value:.1f} ({low:.1f} to {high:.1f}), learning rate {lr:g}", flush=True)
         return figures | {f"{name}_lr": lr}

@@ -59,7 +59,7 @@ def few_labels(metrics: Mapping[str, float]) -> dict[str, int]:
     found = {
         name.removesuffix("_images"): int(images)
         for name, images in metrics.items()
-        if re.fullmatch(r"(labels|share)_[\d.]+_images", name)
+        if re.fullmatch(r"(labels|share)_.+_images", name)
     }
     return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
 
