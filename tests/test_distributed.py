@@ -1,17 +1,20 @@
 """Real processes against one: the loss, its gradient, what travels and batch norm."""
 
+import dataclasses
+import importlib
 import os
 import subprocess
 import sys
 import typing
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from serving import until
 from torch import nn
 
-from barlow import distributed, model
+from barlow import distributed, files, model
 from barlow.ablation import ablated_loss
 from barlow.params import Ablation
 
@@ -24,7 +27,7 @@ import torch.distributed as dist
 from torch import nn
 from barlow import distributed, model
 from barlow.ablation import ablated_loss
-from barlow.loss import barlow_twins_loss
+from barlow.loss import barlow_twins_loss, cross_correlation
 
 sent = 0
 def counted(collective, argument):
@@ -50,8 +53,9 @@ def work(rank):
         loss = ablated_loss(*(view @ weight for view in views), 0.0051, case["ablate"])
         loss.total.backward()
         dist.all_reduce, dist.all_gather_into_tensor = originals
+        c = cross_correlation(*(view @ weight.detach() for view in views))
         dist.all_reduce(weight.grad)  # DistributedDataParallel's mean
-        results[name] = {"gradient": weight.grad / world, "total": loss.total.detach(), "sent": sent}
+        results[name] = {"gradient": weight.grad / world, "total": loss.total.detach(), "sent": sent, "c": c}
 
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6))
     network.load_state_dict(torch.load("network.pt", weights_only=True))
@@ -143,6 +147,15 @@ def test_gradient_does_not_depend_on_the_number_of_processes(processes, cases, f
     result = processes[case]
     assert result["total"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert (result["gradient"] - weight.grad).norm() / weight.grad.norm() <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["dual", "direct"])
+def test_the_matrix_is_that_of_the_global_batch(processes, cases, form):
+    """By numpy's corrcoef, over the whole batch; each process knows the whole matrix."""
+    z_a, z_b = (view.double() @ cases[form]["weight"].double() for view in cases[form]["views"])
+    expected = np.corrcoef(z_a.T, z_b.T)[: z_a.shape[1], z_a.shape[1] :]
+    np.testing.assert_allclose(processes[form]["c"], expected, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -244,3 +257,36 @@ def test_restarts_that_will_fail_are_warned_of(capsys):
     assert capsys.readouterr().err == ""
     distributed._check_restarts(environment)
     assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+
+
+def test_a_gpu_has_its_index(monkeypatch):
+    """Without it, DALI makes the views on the CPU and they enter a network on the GPU."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    assert distributed.local_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert distributed.local_device("cuda").index == 3
+    assert chosen == [torch.device("cuda", 0), torch.device("cuda", 3)]
+    assert torch.backends.cudnn.deterministic
+    assert distributed.local_device("cpu").index is None
+
+
+@pytest.mark.parametrize("stage", ["extract", "finetune"])
+def test_stages_after_pretraining_work_on_that_device(project, smoke, monkeypatch, stage):
+    """Up to where a GPU would be touched: the device that the stage asks for is the one that it uses."""
+
+    class Asked(Exception):
+        pass
+
+    def refuse(self, device, *_, **__):
+        raise Asked(device)
+
+    monkeypatch.setattr(distributed, "local_device", lambda device="auto": torch.device("cuda", 1))
+    monkeypatch.setattr(nn.Module, "to", refuse)
+    encoder = model.FrozenEncoder(smoke.model, smoke.views)
+    identity = {"model": dataclasses.asdict(smoke.model), "views": dataclasses.asdict(smoke.views)}
+    model.save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
+    with pytest.raises(Asked, match="cuda:1"):
+        importlib.import_module(f"barlow.{stage}").run(smoke)

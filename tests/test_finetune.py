@@ -117,3 +117,14 @@ def test_without_labels_there_is_nothing_to_finetune(encoder, params, small_shar
     files.write_json(files.SHARDS / shards.CLASSES, [])
     finetune.run(params)
     assert list(files.read_json("reports/finetune.json")) == ["seconds"]
+
+
+def test_progress_is_told_where_there_is_no_terminal(encoder, params, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "SECONDS", 0)
+    study = Study(params)
+    study.train(None, study.labelled, 0.02, 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"60 images, learning rate 0.02: step {step}/3" for step in (1, 2, 3)]
+    monkeypatch.setattr(finetune, "SECONDS", 60)
+    study.train(None, study.labelled, 0.02, 3)
+    assert capsys.readouterr().out == ""

@@ -392,6 +392,13 @@ def test_single_views_are_distorted_as_view_b_is_and_each_differently(tars, plai
     assert not torch.equal(view[0], view[1])
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_pipeline_can_be_put_together_for_a_gpu(smoke, count):
+    """No driver is needed for that: a graph with a node of the GPU where one of the CPU must be is refused here."""
+    options = {"batch_size": 4, "num_threads": 1, "device_id": 0}
+    assert views.view_pipeline(lambda: None, smoke.views, count, **options).device_id == 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the GPU path is not tested here")
 def test_gpu_gives_what_cpu_gives(tars, plain):
     settings = plain(size=16, jitter=1.0, brightness=0.4, contrast=0.4, solarize=(0.0, 1.0), blur=(1.0, 0.0))

@@ -90,9 +90,8 @@ def resized_crop(pixels: Any, start: Any, end: Any, size: int) -> Any:
 def color_jitter(pixels: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any) -> Any:
     """Scale brightness, contrast (about the image's mean gray) and saturation; turn the hue, in degrees."""
     center = fn.reductions.mean(fn.color_space_conversion(pixels, image_type=types.RGB, output_type=types.GRAY))
-    pixels = fn.brightness_contrast(
-        pixels, brightness=brightness, contrast=contrast, contrast_center=center, dtype=types.FLOAT
-    )
+    # Arithmetic, since fn.brightness_contrast takes no `contrast_center` that lies on a GPU.
+    pixels = brightness * (center + contrast * (pixels - center))
     return fn.hsv(math.clamp(pixels, 0.0, 255.0), saturation=saturation, hue=hue, dtype=types.UINT8)
 
 

@@ -31,16 +31,27 @@ def start(device: str) -> torch.device:
     Raises:
         UserError: there is no GPU and `device` is cuda.
     """
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("pretrain.device=cuda, and PyTorch sees no GPU here; set it to cpu or auto")
-    local = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(local)
-        torch.backends.cudnn.deterministic = True  # a resumed run is to end with the same weights
+    local = local_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         _check_restarts(os.environ)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo")
+    return local
+
+
+def local_device(device: str = "auto") -> torch.device:
+    """Return this process's device: the CPU, or a GPU with its index, without which DALI would work on the CPU.
+
+    Raises:
+        UserError: there is no GPU and `device` is cuda.
+    """
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("pretrain.device=cuda, and PyTorch sees no GPU here; set it to cpu or auto")
+    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(local)
+    torch.backends.cudnn.deterministic = True  # a resumed run is to end with the same weights
     return local
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from barlow import features, files, images, model, shards
+from barlow import distributed, features, files, images, model, shards
 from barlow.features import CHUNK, Split
 from barlow.params import Params
 from barlow.views import TwinViews
@@ -34,7 +34,7 @@ def run(params: Params) -> None:
     Raises:
         UserError: there is no encoder, or no shards.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.local_device()
     encoder = model.load_encoder()[0].to(device)
     networks = {"pretrained": encoder}
     if params.extract.baselines:
@@ -65,7 +65,10 @@ def health(encoder: model.FrozenEncoder, params: Params, device: torch.device) -
     whole = features.embed(encoder, islice(shards.read(tars), HEALTH_IMAGES), device)
     batch = min(len(whole.keys), CHUNK)
     with torch.inference_mode():
-        twins = islice(TwinViews(tars, params.views, batch, params.extract.seed), max(len(whole.keys) // batch, 1))
+        twins = islice(
+            TwinViews(tars, params.views, batch, params.extract.seed, device_id=device.index),
+            max(len(whole.keys) // batch, 1),
+        )
         pairs = [[encoder.backbone(view.to(device)).cpu() for view in pair] for pair in twins]
     views = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     unlabelled = torch.zeros(0, dtype=torch.long)

@@ -7,22 +7,26 @@ images as pretraining did. The protocol is in docs/evaluation.md.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
-from barlow import features, files, model, probe, shards
+from barlow import distributed, features, files, model, probe, shards
 from barlow.params import Params
 from barlow.schedule import warmup_cosine
 from barlow.views import single_views
 
 WARMUP = 0.1  # of the steps
 TRIAL = 0.1  # of the supervised network's steps, to choose its learning rate with
+SECONDS = 10  # between two lines where there is no terminal
 Weights = dict[str, Tensor]
+Batch = TypeVar("Batch")
 
 
 def run(params: Params) -> None:
@@ -56,7 +60,7 @@ class Study:
 
     def __init__(self, params: Params) -> None:
         self.p, self.model, self.views, self.pretrain = params.finetune, params.model, params.views, params.pretrain
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = distributed.local_device()
         self.samples = shards.Samples(shards.tars("train"))
         self.labels = torch.from_numpy(self.samples.labels())
         self.labelled = (self.labels >= 0).nonzero().flatten()
@@ -120,7 +124,7 @@ class Study:
         optimizer = torch.optim.SGD(network.parameters(), lr, p.momentum, weight_decay=p.weight_decay, nesterov=True)
         bf16 = model.computes_bf16(self.pretrain.precision, self.device)
         batches = single_views(self.samples, numbers, self.views, p.batch_size, steps, p.seed, self.device.index)
-        for step, (view, chosen) in enumerate(batches):
+        for step, (view, chosen) in enumerate(shown(batches, steps, f"{len(numbers)} images, learning rate {lr:g}")):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 logits = network(view.contiguous(memory_format=torch.channels_last))
             loss = functional.cross_entropy(logits.float(), self.labels[chosen].to(self.device))
@@ -129,3 +133,13 @@ class Study:
             for group in optimizer.param_groups:
                 group["lr"] = warmup_cosine(step, steps, round(WARMUP * steps), lr, 0.0)
             optimizer.step()
+
+
+def shown(batches: Iterable[Batch], steps: int, what: str) -> Iterator[Batch]:
+    """Pass batches on, with a bar in a terminal, else a line every ten seconds."""
+    said = time.monotonic()
+    for step, batch in enumerate(tqdm(batches, what, steps, leave=False, unit="step", disable=None), 1):
+        yield batch
+        if not sys.stderr.isatty() and time.monotonic() - said > SECONDS:
+            print(f"{what}: step {step}/{steps}", flush=True)
+            said = time.monotonic()

@@ -73,9 +73,10 @@ def form(n: int, dim: int) -> str:
 
 
 def cross_correlation(z_a: Float[Tensor, "batch dim"], z_b: Float[Tensor, "batch dim"]) -> Float[Tensor, "dim dim"]:
-    """Return the cross-correlation matrix C of two embeddings over this process's batch (equation 2)."""
-    a, b = normalise(z_a.float(), z_b.float(), len(z_a))
-    return a.T @ b / len(z_a)
+    """Return the cross-correlation matrix C of two embeddings over the batch of all processes (equation 2)."""
+    n = len(z_a) * distributed.world_size()
+    a, b = normalise(z_a.float(), z_b.float(), n)
+    return distributed.all_reduce(a.T @ b) / n
 
 
 def normalise(z_a: Tensor, z_b: Tensor, n: int, group: Group = None) -> tuple[Tensor, Tensor]:
