@@ -1,13 +1,16 @@
 import io
 import struct
+import typing
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import EpsImagePlugin, Image
 
-from barlow import images
+from barlow import images, params
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -107,7 +110,8 @@ def test_exif_orientation_of_16_bits():
 
 def test_first_frame_of_a_gif():
     frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (0, 255)]
-    decoded = images.decode(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    decoded = images.decode(data, formats=images.INGESTED)
     np.testing.assert_array_equal(decoded, np.zeros((4, 4, 3), np.uint8))
 
 
@@ -181,8 +185,51 @@ def test_a_large_image_in_a_small_container_is_not_decoded(kind):
     }[kind]
     with Image.open(io.BytesIO(data)) as image:
         assert image.format == kind
-    with pytest.raises(images.UnknownFormatError, match="not an image in a known format"):
+    with pytest.raises(images.UnknownFormatError, match=f"format {kind}|not an image in a known format"):
         images.decode(data, max_pixels=2000)
+
+
+def every_other_format():
+    """A small picture in each format that Pillow writes and that is not decoded, and starts of some it only reads."""
+    Image.init()
+    found = {"FITS": b"SIMPLE  =                    T".ljust(2880), "QOI": b"qoif" + struct.pack(">IIBB", 9, 9, 3, 0)}
+    found["XPM"] = b'/* XPM */ static char * a[] = {\n"9 9 1 1",\n"a c #000000",\n'
+    for kind in sorted(set(Image.SAVE) - {*images.INGESTED, "PDF"}):
+        for mode in ("RGB", "P", "1", "F"):
+            try:
+                found[kind] = encode(Image.new(mode, (16, 16)), kind)
+                break
+            except (OSError, ValueError, KeyError, DeprecationWarning):
+                continue
+    return found
+
+
+@pytest.mark.parametrize("formats", [images.FORMATS, images.INGESTED])
+def test_no_other_format_is_opened(monkeypatch, formats):
+    """Not even its header is read: that of BLP, JPEG 2000 or FITS is where time and memory went."""
+    data = every_other_format()
+    assert {"BLP", "DDS", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "TGA"} <= set(data)
+
+    def opened(*_):
+        raise AssertionError("its plugin was asked to open the file")
+
+    for kind, (_, accept) in Image.OPEN.items():
+        if kind not in formats and kind != "JPEG":
+            monkeypatch.setitem(Image.OPEN, kind, (opened, accept))
+    for kind, content in data.items():
+        with pytest.raises(
+            images.UnknownFormatError, match=r"format \w+; decoded are BMP, JPEG|not an image"
+        ) as caught:
+            images.decode(content, formats=formats)
+        assert kind not in {"BLP", "JPEG2000", "DDS", "QOI", "FITS"} or f"format {kind};" in str(caught.value)
+
+
+def test_what_ingest_accepts_by_default_is_what_is_decoded():
+    accepted = yaml.safe_load((Path(__file__).parent.parent / "params.yaml").read_text())["validate"]["formats"]
+    assert set(accepted) == set(images.FORMATS)
+    assert set(typing.get_args(typing.get_args(typing.get_type_hints(params.Validate)["formats"])[0])) == set(
+        images.INGESTED
+    )
 
 
 def test_broken_is_told_from_unknown():

@@ -92,7 +92,7 @@ def test_bad_files_are_told_and_skipped(photos, model, tmp_path, capsys):
     assert told == {
         "cats/text.png": "not an image in a known format",
         f"{photos}/cats/gone.png": "No such file or directory",
-        "cats/program.eps": "EPS is a program, not an image",
+        "cats/program.eps": "format EPS; decoded are BMP, JPEG, MPO, PNG, TIFF, WEBP",
         f"{tmp_path}/none.png": "No such file or directory",
     }
     assert out == f"{tmp_path}/out/mean.npz: 4 images, 0.0 MiB\n"

@@ -1,3 +1,4 @@
+import base64
 import re
 import signal
 import socket
@@ -9,9 +10,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Wire, figure, free_port, hosting, png, start, until
+from serving import Wire, encoded, figure, free_port, hosting, png, start, until
 
 from barlow import __version__, cli, serve
 from barlow.errors import UserError
@@ -305,3 +307,48 @@ def test_a_bug_is_an_error_of_the_same_kind_and_logged_once(service, monkeypatch
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert record.getMessage() == "GET /metrics"
     assert record.exc_info[0] is ZeroDivisionError
+
+
+def refused():
+    """Requests that are refused for their images, by kind: path, body, headers, status; pixels of 3.6 MB each."""
+    rng, pixels = np.random.default_rng(0), np.zeros((1000, 1200, 3), np.uint8)
+    pixels[: 12 * 1000 // 25] = rng.integers(0, 4, (1, 1200, 3))
+    png_file, jpeg_file = encoded(pixels), encoded(pixels, "JPEG", progressive=True)
+    files = {
+        "text": (b"I am a text." * 5000, 415),
+        "another format": (encoded(pixels, "PPM"), 415),
+        "cut PNG": (png_file[:-200], 422),
+        "cut JPEG": (jpeg_file[:-200], 422),
+        "broken PNG": (png_file[:1000] + b"\xff" * 100 + png_file[1100:], 422),
+        "pixels": (encoded(np.zeros((3000, 1200), bool)), 413),
+        "a long side": (encoded(np.zeros((1, 2**16 + 1), bool)), 413),
+    }
+    for kind, (content, status) in files.items():
+        yield kind, "/v1/embed", {"files": [("files", ("a.png", content))] * 8}, status
+        body = {"images": [base64.b64encode(content).decode()] * 2}
+        yield f"{kind}, as JSON", "/v1/classify", {"json": body}, status
+    yield "many", "/v1/embed", {"files": [("files", ("a.png", png_file))] * 9}, 413
+    yield (
+        "form",
+        "/v1/embed",
+        {"content": png_file, "headers": {"content-type": "multipart/form-data; boundary=a"}},
+        400,
+    )
+    yield "protocol", "/v2/models/encoder/infer", {"content": pixels.tobytes()}, 400
+
+
+def test_what_is_refused_is_not_kept(tmp_path, mean_onnx):
+    """200 images of each kind, and resident memory is where it was; a refusal's traceback once held its image."""
+    flags = ("--max-images", 8, "--max-pixels", 2_000_000)
+    with start(mean_onnx(tmp_path / "encoder.onnx", ["r", "g", "b"]), *flags) as service, client(service.url) as asked:
+
+        def resident():
+            return figure(asked.get("/metrics").text, "process_resident_memory_bytes")
+
+        for kind, path, request, status in refused():
+            for i in range(25):
+                answer = asked.post(path, **request)
+                assert answer.status_code == status, (kind, answer.text)
+                if i == 4:  # the allocator has its share by then
+                    before = resident()
+            assert resident() - before < 50e6, kind

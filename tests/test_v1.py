@@ -174,7 +174,11 @@ BAD = {
     "cut.png": (FILES["写真 1.png"][:-60], 422, "truncated|broken"),
     "cut.jpg": (FILES["../../etc/passwd"][:-60], 422, "truncated"),
     "large.png": (png(1, 2, 3, size=(201, 200)), 413, "201 x 200 pixels, more than the 40000 allowed"),
-    "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", 415, "EPS is a program"),
+    "program.eps": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        415,
+        "format EPS; decoded are BMP, JPEG",
+    ),
 }
 
 

@@ -34,6 +34,17 @@ class Answer(NamedTuple):
     logits: Vectors | None  # (classes,)
 
 
+class Failure(NamedTuple):
+    """Why one image has no answer: the parts of a `Refusal`.
+
+    A value, not an exception: one that was raised holds its traceback, and so the image and all that came with it.
+    """
+
+    status: int
+    reason: str
+    message: str
+
+
 @dataclass
 class Job:
     """The images of one request; times are in seconds."""
@@ -43,7 +54,7 @@ class Job:
     loop: asyncio.AbstractEventLoop
     done: asyncio.Future[None]
     arrived: float = field(default_factory=time.monotonic)
-    answers: list[Answer | Refusal | None] = field(default_factory=list)
+    answers: list[Answer | Failure | None] = field(default_factory=list)
     left: int = 0
     queue: float = 0.0  # until the last image was taken
     decode: float = 0.0  # of all images
@@ -84,9 +95,11 @@ class Engine:
         self._metrics.queue.set(len(self._queue))
         self._jobs += 1
         self._drained.clear()
-        timer = loop.call_later(seconds, _give_up, job, self._settings.timeout_ms)
+        timer = loop.call_later(seconds, _end, job)
         try:
             await job.done
+            if job.left:
+                raise Refusal(503, "deadline", f"no answer within {self._settings.timeout_ms} ms; try again")
         finally:
             timer.cancel()
             job.deadline = 0.0  # where the client is gone, what is left of it is not computed
@@ -135,9 +148,9 @@ class Engine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_deliver, answers)
 
-    def _run(self, batch: list[tuple[Job, int]]) -> list[tuple[Job, int, Answer | Refusal]]:
+    def _run(self, batch: list[tuple[Job, int]]) -> list[tuple[Job, int, Answer | Failure]]:
         started, decoding = time.monotonic(), 0.0
-        answers: list[tuple[Job, int, Answer | Refusal]] = []
+        answers: list[tuple[Job, int, Answer | Failure]] = []
         good: deque[tuple[Job, int]] = deque()
 
         def pixels() -> Iterator[Pixels]:
@@ -145,12 +158,12 @@ class Engine:
             for job, i in batch:
                 self._metrics.waited.observe(started - job.arrived)
                 begun = time.monotonic()
-                try:
-                    if begun > job.deadline:
-                        raise Refusal(503, "deadline", "the time was over before its turn")
-                    image = _decoded(job.images[i], self._settings.max_pixels)
-                except Refusal as refusal:
-                    answers.append((job, i, refusal))
+                if begun > job.deadline:
+                    answers.append((job, i, Failure(503, "deadline", "the time was over before its turn")))
+                    continue
+                image = _decoded(job.images[i], self._settings.max_pixels)
+                if isinstance(image, Failure):
+                    answers.append((job, i, image))
                     continue
                 seconds = time.monotonic() - begun
                 job.queue, job.decode, decoding = started - job.arrived, job.decode + seconds, decoding + seconds
@@ -169,36 +182,38 @@ class Engine:
                 answers += [answer for entry in left for answer in self._run([entry])]
             else:
                 logger.exception("the model failed")
-                answers += [(job, i, Refusal(500, "model", "the model failed on this image")) for job, i in left]
+                answers += [(job, i, Failure(500, "model", "the model failed on this image")) for job, i in left]
         infer = time.monotonic() - started - decoding
         for job, _ in batch:
             job.infer = max(job.infer, infer)
         return answers
 
 
-def _decoded(image: bytes | Pixels, max_pixels: int) -> Pixels:
+def _decoded(image: bytes | Pixels, max_pixels: int) -> Pixels | Failure:
+    """Decode an image, or return why not."""
     try:
         pixels = decode(image, max_pixels) if isinstance(image, bytes) else image
     except TooManyPixelsError as error:
-        raise Refusal(413, "pixels", str(error)) from None
+        return Failure(413, "pixels", str(error))
     except UnknownFormatError as error:
-        raise Refusal(415, "format", str(error)) from None
+        return Failure(415, "format", str(error))
     except ValueError as error:
-        raise Refusal(422, "damaged", str(error)) from None
+        return Failure(422, "damaged", str(error))
     height, width = pixels.shape[:2]
     if max(height, width) > MAX_SIDE:
-        raise Refusal(413, "pixels", f"{width} x {height} pixels, a side longer than the {MAX_SIDE} allowed")
+        return Failure(413, "pixels", f"{width} x {height} pixels, a side longer than the {MAX_SIDE} allowed")
     return pixels
 
 
-def _deliver(answers: list[tuple[Job, int, Answer | Refusal]]) -> None:
+def _deliver(answers: list[tuple[Job, int, Answer | Failure]]) -> None:
     for job, i, answer in answers:
         job.answers[i] = answer
         job.left -= 1
-        if not job.left and not job.done.done():
-            job.done.set_result(None)
+        if not job.left:
+            _end(job)
 
 
-def _give_up(job: Job, milliseconds: int) -> None:
+def _end(job: Job) -> None:
+    """Let the job's `submit` go on: all is answered, or the time is over."""
     if not job.done.done():
-        job.done.set_exception(Refusal(503, "deadline", f"no answer within {milliseconds} ms; try again"))
+        job.done.set_result(None)

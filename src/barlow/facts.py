@@ -94,7 +94,7 @@ def _read_image(path: Path, max_pixels: int) -> dict[str, Any]:
     if not content:
         return facts | {"error": "empty file"}
     try:
-        image = images.open_image(content, max_pixels)
+        image = images.open_image(content, max_pixels, images.INGESTED)
         orientation = image.getexif().get(0x0112)
         histogram = np.array(Image.fromarray(images.to_rgb(image)).convert("L").histogram())
     except Exception as error:  # a broken file can make a decoder raise anything

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-CONTAINERS = ("ICNS", "ICO", "IPTC")  # another file inside, of any size whatever the header says; in IPTC even an EPS
+# What is decoded, as Pillow names it. Of its other formats some take gigabytes whatever their header says; EPS is run.
+FORMATS = ("BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+INGESTED = (*FORMATS, "GIF")  # what `validate.formats` may name
 
 
 class TooManyPixelsError(ValueError):
@@ -22,26 +24,36 @@ class UnknownFormatError(ValueError):
     """The file is no image, or one of a kind that is not known."""
 
 
-def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
+def open_image(data: bytes, max_pixels: int | None = None, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Decode the whole of an image file (its first frame), with no warnings.
 
     Raises:
         TooManyPixelsError: by the header, before anything is decoded.
-        UnknownFormatError: the file is no image.
+        UnknownFormatError: the file is no image, or in none of `formats`; its header is not read then.
         ValueError: it is not a whole one; the message is the reason, without the file's name.
     """
     # Not catch_warnings: it is not thread-safe and would leave every warning of the process off.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a constant, would overrule `max_pixels`
-    Image.init()
+    Image.init()  # each thread's first call waits here until all formats are known
     with _reasons():
-        image = Image.open(io.BytesIO(data), formats=[name for name in Image.ID if name not in CONTAINERS])
+        try:
+            # Pillow opens MPO, many JPEGs in one file, as JPEG, and has no plugin of that name.
+            image = Image.open(io.BytesIO(data), formats=[name for name in formats if name != "MPO"])
+        except UnidentifiedImageError:  # its own text holds a memory address
+            raise UnknownFormatError(_unknown(data[:16].ljust(16), formats)) from None
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise TooManyPixelsError(f"{image.width} x {image.height} pixels, more than the {max_pixels} allowed")
-        if image.format == "EPS":  # Pillow would hand it to Ghostscript, which runs it
-            raise UnknownFormatError("EPS is a program, not an image")
         image.load()
     return image
+
+
+def _unknown(start: bytes, formats: tuple[str, ...]) -> str:
+    """Say what a file that begins like this is, if it looks like something that Pillow knows."""
+    for name, (_, accept) in Image.OPEN.items():
+        if accept and name not in formats and accept(start) is True:
+            return f"format {name}; decoded are {', '.join(formats)}"
+    return "not an image in a known format"
 
 
 def to_rgb(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -58,9 +70,11 @@ def to_rgb(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return np.asarray(image.convert("RGB"))
 
 
-def decode(data: bytes, max_pixels: int | None = None) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def decode(
+    data: bytes, max_pixels: int | None = None, formats: tuple[str, ...] = FORMATS
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Decode an image file to uint8 (height, width, 3) RGB; raises as `open_image` does."""
-    return to_rgb(open_image(data, max_pixels))
+    return to_rgb(open_image(data, max_pixels, formats))
 
 
 @contextmanager
@@ -70,7 +84,5 @@ def _reasons() -> Iterator[None]:
         yield
     except (TooManyPixelsError, UnknownFormatError):
         raise
-    except UnidentifiedImageError:  # its own text holds a memory address
-        raise UnknownFormatError("not an image in a known format") from None
     except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error

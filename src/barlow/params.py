@@ -59,7 +59,7 @@ class Validate:
     max_side: Positive
     max_bytes: Positive
     modes: tuple[str, ...]
-    formats: tuple[str, ...]
+    formats: tuple[Literal["BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP"], ...]
     min_images_per_class: Count
     brightness: tuple[NonNegative, NonNegative]
     min_contrast: NonNegative

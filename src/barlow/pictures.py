@@ -65,7 +65,7 @@ def salvage(data: bytes) -> Pixels:
     """
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
     try:
-        pixels = images.decode(data, MAX_PIXELS)
+        pixels = images.decode(data, MAX_PIXELS, images.INGESTED)
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
     if pixels.size == 0 or pixels.min() == pixels.max():

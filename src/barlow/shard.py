@@ -151,13 +151,13 @@ def sample(source: Source, root: Path, max_side: int | None) -> shards.Sample:
     elif source.format in KEPT and source.mode in ("L", "RGB") and _dali_turns(data, source.orientation or 1):
         extension = KEPT[source.format]
     else:
-        data, extension = _encode(Image.fromarray(images.decode(data)), "PNG"), "png"
+        data, extension = _encode(Image.fromarray(images.decode(data, formats=images.INGESTED)), "PNG"), "png"
     return shards.Sample(source.sha256[:24], data, extension, source.label, height, width)
 
 
 def shrunk(data: bytes, max_side: int) -> tuple[bytes, tuple[int, int]]:
     """Return an image file as a JPEG of at most `max_side` pixels a side, and its width and height."""
-    image = Image.fromarray(images.decode(data))
+    image = Image.fromarray(images.decode(data, formats=images.INGESTED))
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return _encode(image, "JPEG", quality=95, subsampling=0), image.size
 

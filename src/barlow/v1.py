@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from barlow import forms, schemas
 from barlow.encoder import softmax
-from barlow.engine import Answer
+from barlow.engine import Answer, Failure
 from barlow.limits import Refusal
 from barlow.live import Live, Served
 from barlow.search import Index
@@ -136,15 +136,15 @@ async def _answer(request: Request, served: Served, tell: Tell, in_thread: bool 
     names, images = forms.images(content_type, await request.body(), settings.max_images)
     job = await served.engine.submit(images)
     good = [answer for answer in job.answers if isinstance(answer, Answer)]
-    bad = [answer for answer in job.answers if isinstance(answer, Refusal)]
-    for refusal in bad:
-        request.app.state.metrics.rejects.labels(refusal.reason).inc()
+    bad = [answer for answer in job.answers if isinstance(answer, Failure)]
+    for failure in bad:
+        request.app.state.metrics.rejects.labels(failure.reason).inc()
     if not good:
-        return _json({"error": f"{names[0]}: {bad[0]}"}, bad[0].status)
+        return _json({"error": f"{names[0]}: {bad[0].message}"}, bad[0].status)
     told = iter(await asyncio.to_thread(tell, good) if in_thread else tell(good))
     results = [
-        {"name": name, "error": str(answer), "status": answer.status}
-        if isinstance(answer, Refusal)
+        {"name": name, "error": answer.message, "status": answer.status}
+        if isinstance(answer, Failure)
         else {"name": name, **next(told)}
         for name, answer in zip(names, job.answers, strict=True)
     ]

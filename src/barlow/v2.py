@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Request, Response
 from starlette.exceptions import HTTPException
 
 from barlow import __version__, oip, schemas
-from barlow.engine import Answer
+from barlow.engine import Answer, Failure
 from barlow.limits import Refusal
 from barlow.live import Served
 
@@ -61,8 +61,8 @@ async def infer(request: Request, name: Name) -> Response:
     asked = oip.parse(await request.body(), request.headers.get(oip.HEADER), [*known], settings)
     job = await served.engine.submit(list(asked.images))
     for answer in job.answers:
-        if isinstance(answer, Refusal):
-            raise answer
+        if isinstance(answer, Failure):
+            raise Refusal(*answer)
     answers = [answer for answer in job.answers if isinstance(answer, Answer)]
     tensors = {output: np.stack([getattr(answer, output) for answer in answers]) for output in known}
     body, headers = oip.render(asked, tensors, served.name)
