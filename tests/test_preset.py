@@ -56,3 +56,14 @@ def test_a_preset_that_would_break_the_params_changes_nothing(tmp_path):
         preset.run("bad")
     assert (tmp_path / "params.yaml").read_bytes() == before
     assert not list(tmp_path.glob(".params*"))
+
+
+def test_imagenets_rate_of_biases_is_the_official_one_on_the_true_gradient():
+    """The official loss sums C over its processes by an all-reduce that autograd does not see.
+
+    So a process's gradient is of its own part of C alone, and the mean that DistributedDataParallel takes is 1 / W of
+    the global one; the official README trains on 16 GPUs.
+    """
+    overlay = strict.read_yaml("presets/imagenet.yaml")["pretrain"]
+    assert overlay["lr_biases"] == pytest.approx(0.0048 / 16)
+    assert overlay["lr_weights"] == 0.2

@@ -55,6 +55,21 @@ def test_knn_equals_scikit_learn(data):
     np.testing.assert_allclose(scores / scores.sum(1, keepdim=True), oracle.predict_proba(x_test), atol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.011, 0.01, 0.001, 1e-12])
+def test_knn_at_low_temperatures_is_what_float64_says(data, temperature):
+    """exp(1 / 0.011) is not finite in float32; in the limit the nearest image decides."""
+    (x, y), (x_test, _) = data
+    unit, bank = (features.double() / features.double().norm(dim=1, keepdim=True) for features in (x_test, x))
+    similarity, nearest = (unit @ bank.T).topk(20)
+    logits = similarity / max(temperature, 1e-6)
+    votes = torch.zeros(len(x_test), 4, dtype=torch.double)
+    votes.scatter_add_(1, y[nearest], (logits - logits.amax(1, keepdim=True)).exp())
+    predictions = probe.knn(x_test, x, y, 4, 20, temperature).argmax(1)
+    assert len(predictions.unique()) > 1
+    # Where float32 rounds two similarities into another order, a low temperature makes much of it.
+    assert (predictions == votes.argmax(1)).double().mean() >= 0.98
+
+
 def test_knn_with_fewer_images_than_k(data):
     (x, y), (x_test, _) = data
     assert probe.knn(x_test, x[:3], y[:3], 4, 20, 0.1).shape == (100, 4)

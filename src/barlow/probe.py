@@ -101,16 +101,19 @@ def knn(
     k: int,
     temperature: float,
 ) -> Float[Tensor, "queries {classes}"]:
-    """Score classes by the k nearest of `bank` in cosine similarity s, each with weight exp(s / temperature).
+    """Score classes by the k nearest of `bank` in cosine similarity s, each with weight exp((s - s_1) / temperature).
 
-    The weighted kNN of Wu et al., arXiv 1805.01978, section 3.4.
+    s_1 is the nearest one's: scores compare within a query, not between queries. The weighted kNN of Wu et al.,
+    arXiv 1805.01978, section 3.4.
     """
     bank = functional.normalize(bank).T
     scores = []
     for chunk in torch.split(functional.normalize(queries), 1024):
         similarity, nearest = (chunk @ bank).topk(min(k, bank.shape[1]))
         votes = torch.zeros(len(chunk), classes, device=chunk.device)
-        scores.append(votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp()))
+        # Each row's weights over that of its nearest, or exp(1 / temperature) is infinite in float32 from 1/88 down.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        scores.append(votes.scatter_add_(1, labels[nearest], weights))
     return torch.cat(scores)
 
 
