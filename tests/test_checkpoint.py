@@ -60,10 +60,16 @@ def test_an_empty_or_missing_folder_is_a_fresh_start(tmp_path):
     assert checkpoint.latest(tmp_path / "none", "same") is None
 
 
-def test_clear_keeps_the_folder(tmp_path):
-    save(tmp_path / "resume", 5)
-    checkpoint.clear(tmp_path / "resume")
-    assert list((tmp_path / "resume").iterdir()) == []
+def test_clear_deletes_those_of_this_run_and_no_others(tmp_path):
+    save(tmp_path, 3, "a week old")
+    save(tmp_path, 5)
+    save(tmp_path, 7, "other")
+    (tmp_path / "step-000000009.safetensors").write_bytes(b"damaged")
+    checkpoint.clear(tmp_path, "same")
+    left = ["step-000000003.safetensors", "step-000000007.safetensors", "step-000000009.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    checkpoint.clear(tmp_path / "none", "same")
+    assert checkpoint.latest(tmp_path, "a week old")[1]["step"] == 3
 
 
 def test_what_a_killed_process_left_is_deleted(tmp_path):
@@ -73,7 +79,7 @@ def test_what_a_killed_process_left_is_deleted(tmp_path):
     save(tmp_path, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000005.safetensors"]
     part.write_bytes(b"the first ha")
-    checkpoint.clear(tmp_path)
+    checkpoint.clear(tmp_path, "same")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,7 +212,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
         save(tmp_path / "models/resume", 5)
 
 
-def test_the_checkpoints_of_another_run_stay_until_a_run_ends(tmp_path):
+def test_the_checkpoints_of_another_run_stay(tmp_path):
     for step in (100, 200):
         save(tmp_path, step, "other")
     for step in (5, 10, 15):
@@ -216,5 +222,7 @@ def test_the_checkpoints_of_another_run_stay_until_a_run_ends(tmp_path):
     assert checkpoint.latest(tmp_path, "same")[1]["step"] == 15
     assert checkpoint.latest(tmp_path, "other")[1]["step"] == 200
     assert checkpoint.newest(tmp_path, "same").name == "step-000000015.safetensors"
-    checkpoint.clear(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    checkpoint.clear(tmp_path, "same")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        f"step-000000{step}.safetensors" for step in (100, 200)
+    ]

@@ -11,7 +11,7 @@ import yaml
 from torch.profiler import profile
 from torchvision import models
 
-from barlow import cli, plan, training
+from barlow import cli, plan, pretrain, training
 from barlow.errors import UserError
 from barlow.loss import barlow_twins_loss
 
@@ -114,3 +114,12 @@ def test_a_dry_run_trains_and_writes_nothing(project, smoke, change, capsys, mon
 def test_the_headline(project, smoke, change):
     run = training.Training(change(smoke, "model", projector=(80,)), CPU)
     assert plan.headline(run, bf16=True) == "2 epochs of 3 steps of 64 on cpu, 1 process(es), bf16, dual loss"
+
+
+def test_without_shards_it_says_so(tmp_path, monkeypatch, smoke, capsys):
+    monkeypatch.chdir(tmp_path)
+    wanted = "there is no data/shards/pretrain-*.tar to pretrain on; run `dvc repro shard` first"
+    for dry_run in (True, False):
+        with pytest.raises(UserError) as caught:
+            pretrain.run(smoke, dry_run=dry_run)
+        assert str(caught.value) == wanted

@@ -84,7 +84,7 @@ def test_it_learns_and_writes_what_later_stages_read(project, smoke, change):
     for name in NORMS:
         assert len(set(curve(name))) == 3
         assert 0 < curve(name)[-1] == pytest.approx(report[name])
-    assert list(checkpoint.FOLDER.iterdir()) == []
+    assert list(checkpoint.FOLDER.glob("*")) == []
 
 
 def test_progress_is_told_between_epochs(project, smoke, monkeypatch, capsys):
@@ -207,10 +207,15 @@ def test_a_checkpoint_of_other_params_is_not_resumed(project, smoke, change, mon
         stop_after(patch, 2)
         with pytest.raises(Interrupted):
             pretrain.run(smoke)
+    other = next(checkpoint.FOLDER.iterdir())
     pretrain.run(change(smoke, "pretrain", epochs=1, lambd=0.1))
     captured = capsys.readouterr()
-    assert "other params, data or code" in captured.err
+    assert "other params, data or code; not resumed, and kept" in captured.err
     assert "going on" not in captured.out
+    assert list(checkpoint.FOLDER.iterdir()) == [other]  # and it can still be gone on with
+    pretrain.run(smoke)
+    assert "going on from step 2 of 6\n" in capsys.readouterr().out
+    assert list(checkpoint.FOLDER.iterdir()) == []
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(project, smoke, change):
@@ -338,7 +343,9 @@ def test_torchrun_starts_the_processes_again_and_they_end_as_one_does(
     assert said.count("epoch 4/4") == 1  # one of them tells
     report, losses = gentle_alone
     assert_close(curve("loss"), losses)
-    assert [curve(name)[-1] for name in NORMS] == pytest.approx([report[name] for name in NORMS], rel=5e-3)
+    # One thread and two differ by 2e-9 in the norm of the weights and by 4e-3 in that of the last step's gradient.
+    assert curve("weight_norm")[-1] == pytest.approx(report["weight_norm"], rel=1e-6)
+    assert curve("gradient_norm")[-1] == pytest.approx(report["gradient_norm"], rel=2e-2)
     assert files.ENCODER.exists()
 
 

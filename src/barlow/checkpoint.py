@@ -107,14 +107,17 @@ def latest(folder: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, An
             continue
         if metadata.get("fingerprint") == expected:
             return tensors, metadata
-        print(f"warning: {path} is of a run with other params, data or code; not resumed", file=sys.stderr)
+        print(
+            f"warning: {path} is of a run with other params, data or code; not resumed, and kept: go back to those to "
+            "go on with that run, or delete the file",
+            file=sys.stderr,
+        )
     return None
 
 
-def clear(folder: Path) -> None:
-    """Delete every checkpoint and keep the folder, which DVC expects to exist."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in [*_newest_first(folder), *_parts(folder)]:
+def clear(folder: Path, fingerprint: str) -> None:
+    """Delete the checkpoints of a run, and what killed writers left; those of other runs stay."""
+    for path in [*_of_run(folder, fingerprint), *_parts(folder)]:
         path.unlink()
 
 

@@ -89,14 +89,14 @@ def train(params: Params, device: torch.device) -> None:
 
 
 def finish(run: Training) -> None:
-    """Write what later stages read, then drop the checkpoints: a forced run should train again."""
+    """Write what later stages read, then drop this run's checkpoints: a forced run should train again."""
     metadata = run.identity | {"version": __version__, "steps": run.step}
     model.save_weights(files.ENCODER, run.network.backbone.state_dict(), metadata)
     model.save_weights(files.CORRELATION, run.correlation, {})
     whole = {"epochs": len(run.history), "seconds": sum(row["seconds"] for row in run.history)}
     where = {"hardware": machine.hardware(), "processes": distributed.world_size()}
     files.write_json(files.REPORTS / "pretrain.json", run.history[-1] | whole | where)
-    checkpoint.clear(checkpoint.FOLDER)
+    checkpoint.clear(checkpoint.FOLDER, run.fingerprint)
 
 
 def online_knn(run: Training, params: Params) -> dict[str, float]:

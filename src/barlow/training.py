@@ -33,11 +33,13 @@ class Training:
     """One process's part of a run.
 
     Raises:
-        UserError: fewer images than a batch, or a batch that the processes cannot share.
+        UserError: no shards, fewer images than a batch, or a batch that the processes cannot share.
     """
 
     def __init__(self, params: Params, device: torch.device) -> None:
         p, tars, world = params.pretrain, shards.tars("pretrain"), distributed.world_size()
+        if not tars:
+            raise UserError(f"there is no {files.SHARDS}/pretrain-*.tar to pretrain on; run `dvc repro shard` first")
         gpu = device.index if device.type == "cuda" else None
         threads = max(files.cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
         self.views = TwinViews(tars, params.views, p.batch_size, p.seed, distributed.rank(), world, gpu, threads)
