@@ -1,6 +1,7 @@
 import io
 import os
 import platform
+import re
 import signal
 import zlib
 
@@ -229,3 +230,35 @@ def test_scan_sees_a_changed_label_in_a_list(tmp_path, smoke, change):
     (tmp_path / "list.csv").write_text("path,label\ncat/0.png,dog\n")
     ingest.scan(data)
     assert files.read_json(ingest.SOURCE) != before
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        (("train", "val"), r"no labelled image in test, .* rename the split val to test \(a new val is then drawn"),
+        (("train",), r"no labelled image in test, so no accuracy will be measured; add test to the splits"),
+        (("test",), r"no labelled image in train and val, so no accuracy will be measured; add train and val to the"),
+        (("train", "test"), None),
+        (("train", "val", "test"), None),
+        (("pretrain",), r"no labelled image in train and val and test, "),
+    ],
+)
+def test_splits_that_give_no_accuracy_are_told(tmp_path, read, capsys, folders, said):
+    photos = fill(tmp_path / "photos", range(30), *(f"{folder}/{name}" for folder in folders for name in ("a", "b")))
+    read(photos, val_fraction=0.2)
+    err = capsys.readouterr().err
+    assert err == "" if said is None else re.search(rf"^warning: .*/photos has labels, but {said}", err)
+
+
+def test_splits_that_were_drawn_empty_are_told(tmp_path, read, capsys):
+    photos = fill(tmp_path / "photos", range(20))
+    read(photos, val_fraction=0.2, test_fraction=0.0)
+    wanted = (
+        r"no labelled image in test, .*; add labelled images, or raise data.val_fraction=0.2 and .*test_fraction=0\n"
+    )
+    assert re.search(wanted, capsys.readouterr().err)
+
+
+def test_without_labels_there_is_nothing_to_tell(tmp_path, read, capsys):
+    read(fill(tmp_path / "photos", range(9), "train", "val"))
+    assert capsys.readouterr().err == ""

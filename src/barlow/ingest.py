@@ -11,6 +11,7 @@ import hashlib
 import json
 import platform
 import signal
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def run(params: Params) -> None:
     unreadable = f", {lost} unreadable" if lost else ""
     print(f"{table.num_rows} images: {new.num_rows - lost} new or changed, {cached.num_rows} cached{unreadable}")
     print(f"splits: {', '.join(f'{split} {counts[split]}' for split in manifest.SPLITS if split in counts)}")
+    _warn_of_missing_labels(table, pc.unique(listing["split"].drop_null()).to_pylist(), data)
     failed = table.num_rows - table["error"].null_count
     if failed:
         print(f"{failed} could not be decoded; `barlow validate` puts them in quarantine")
@@ -132,6 +134,26 @@ def _splits(table: pa.Table, data: Data) -> pa.Array:
     no_val = not pc.any(pc.equal(given, "val")).as_py()
     split = pc.coalesce(pc.if_else(pc.and_(pc.equal(given, "train"), no_val), carved, given), free)
     return pc.if_else(pc.and_(pc.equal(split, "train"), unlabelled), "pretrain", split)
+
+
+def _warn_of_missing_labels(table: pa.Table, named: list[str], data: Data) -> None:
+    """Say so where there are labels and yet no accuracy will be measured; `named` are the splits the source names."""
+    labelled = pc.unique(table["split"].filter(pc.and_(table["label"].is_valid(), table["error"].is_null())))
+    lacking = [split for split in ("train", "val", "test") if split not in labelled.to_pylist()]
+    if not lacking or not len(labelled):
+        return
+    if not named:
+        remedy = "add labelled images, or raise "
+        remedy += " and ".join(f"data.{s}_fraction={getattr(data, f'{s}_fraction'):g}" for s in ("val", "test"))
+    elif lacking == ["test"] and "val" in named:
+        remedy = "rename the split val to test (a new val is then drawn from train), or add one named test"
+    else:
+        remedy = f"add {' and '.join(lacking)} to the splits that the source names"
+    print(
+        f"warning: {data.source} has labels, but no labelled image in {' and '.join(lacking)}, so no accuracy will be "
+        f"measured; {remedy}",
+        file=sys.stderr,
+    )
 
 
 def _cache_key(data: Data) -> bytes:
