@@ -90,6 +90,23 @@ def test_bf16_is_as_asked():
 
 @pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True), (True, True)])
 def test_bf16_is_automatic_where_the_processor_has_it(monkeypatch, avx512, amx):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert model.computes_bf16("auto", torch.device("cpu")) == (avx512 or amx)
+
+
+@pytest.mark.parametrize(
+    ("held", "native"),
+    [
+        *[(name, False) for name in ("SSE41", "AVX2", "avx2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")],
+        *[
+            (name, True)
+            for name in ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10_1_512", "DEFAULT")
+        ],
+    ],
+)
+def test_bf16_is_not_automatic_where_onednn_would_emulate_it(monkeypatch, held, native):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
+    assert model.computes_bf16("auto", torch.device("cpu")) is native

@@ -48,7 +48,8 @@ def losses(folder):
 
 @pytest.mark.slow
 def test_two_hosts_train_as_one_process_does(project, smoke, change, hosts):
-    params = change(smoke, "pretrain", precision="fp32", epochs=2)
+    # At this rate the losses of one thread and of two differ by 2e-6 after 6 steps, at the preset's own by 2e-4.
+    params = change(smoke, "pretrain", precision="fp32", epochs=2, lr_weights=0.02, lr_biases=0.0005)
     curve = Path("reports/pretrain/plots/metrics")
     pretrain.run(params)
     expected = losses(curve)
@@ -66,4 +67,4 @@ def test_two_hosts_train_as_one_process_does(project, smoke, change, hosts):
     outputs = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
     assert "2 process(es)" in outputs[0][0] + outputs[1][0]
-    assert losses(curve) == pytest.approx(expected, rel=1e-3)
+    assert losses(curve) == pytest.approx(expected, rel=1e-4)

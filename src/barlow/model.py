@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,7 +136,10 @@ def computes_bf16(precision: str, device: torch.device) -> bool:
         return precision == "bf16"
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    # oneDNN, which computes convolutions on CPUs, can be held to an older instruction set: it then emulates bf16.
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    native = any(word in held for word in ("BF16", "FP16", "AMX", "AVX10", "DEFAULT"))
+    return native and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
