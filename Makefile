@@ -51,6 +51,9 @@ bench: .venv/installed ## run benchmarks/, each a ratio to what a user would pic
 seeds: .venv/installed ## the headline figures for three seeds, on the shards of the last repro (about 10 minutes)
 	python benchmarks/seeds.py
 
+record: .venv/installed ## keep the figures of the last repro as those that README.md shows
+	python benchmarks/record.py
+
 PRESET ?= cpu
 claims: .venv/installed ## the paper's claims, a figure each in the report; CLAIM=batch_size, PRESET=gpu, JOBS=4 (cpu: about an hour)
 	barlow claims $(CLAIM) --preset $(PRESET) --jobs $(or $(JOBS),1)
@@ -71,4 +74,4 @@ clean: ## remove the environment and what the stages wrote; no image folder of y
 	  data/quarantine* data/features models/*.onnx models/*.safetensors models/resume models/reduced models/triton models/index \
 	  reports/pretrain reports/data_docs reports/*.html reports/*.csv
 
-.PHONY: help system setup lock repro test check bench seeds claims serve flows clean
+.PHONY: help system setup lock repro test check bench seeds record claims serve flows clean

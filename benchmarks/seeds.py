@@ -1,4 +1,4 @@
-"""`make seeds`: the headline figures for three seeds, on the shards that `make repro` left; writes reports/seeds.json.
+"""`make seeds`: the headline for three seeds, on the shards that `make repro` left; writes benchmarks/seeds.json.
 
 Each seed trains its own encoder, and draws its own random one and its own few labels; data, params and protocol are of
 params.yaml. The table goes into benchmarks/RESULTS.md.
@@ -56,4 +56,4 @@ if __name__ == "__main__":
     for seed in SEEDS:
         found.append(run(seed))
         print(row(found[-1]), flush=True)
-    files.write_json(files.REPORTS / "seeds.json", found)
+    files.write_json(Path("benchmarks/seeds.json"), found)
