@@ -8,6 +8,7 @@ from torchvision import models
 from torchvision.transforms import v2
 
 from barlow import model
+from barlow.errors import UserError
 
 
 def test_resnets_are_torchvisions(smoke):
@@ -17,6 +18,19 @@ def test_resnets_are_torchvisions(smoke):
         theirs.fc = torch.nn.Identity()
         shapes = {name: value.shape for name, value in theirs.state_dict().items()}
         assert {name: value.shape for name, value in ours.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_zero_init_residual_is_torchvisions(smoke, arch, zero):
+    """The last norm of each residual block starts with a weight of 0, and the block as its shortcut."""
+    ours = model.backbone(dataclasses.replace(smoke.model, arch=arch, stem="imagenet", zero_init_residual=zero))
+    theirs = getattr(models, arch)(zero_init_residual=zero)
+    zeros = [name for name, w in theirs.named_parameters() if name.startswith("layer") and not w.any()]
+    assert [name for name, w in ours.named_parameters() if not w.any()] == [
+        name for name, w in theirs.named_parameters() if not w.any()
+    ]
+    assert any(name.endswith("weight") for name in zeros) == zero
 
 
 @pytest.mark.parametrize(("stem", "size"), [("imagenet", 8), ("small", 32), ("stride", 16)])
@@ -74,6 +88,15 @@ def test_an_encoder_is_rebuilt_from_its_file_alone(smoke, tmp_path):
     images = torch.randint(0, 256, (2, 30, 20, 3), dtype=torch.uint8)
     assert torch.equal(loaded(images), encoder(images))
     assert metadata["steps"] == 3
+
+
+def test_an_encoder_of_an_older_version_is_refused_by_name(smoke, tmp_path):
+    older = dataclasses.asdict(smoke.model)
+    del older["zero_init_residual"]
+    path = tmp_path / "encoder.safetensors"
+    model.save_weights(path, {}, {"model": older, "views": dataclasses.asdict(smoke.views)})
+    with pytest.raises(UserError, match=r"encoder\.safetensors: model\.zero_init_residual is missing"):
+        model.load_encoder(path)
 
 
 def test_weights_files_are_deterministic(tmp_path):

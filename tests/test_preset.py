@@ -58,7 +58,7 @@ def test_a_preset_that_would_break_the_params_changes_nothing(tmp_path):
     assert not list(tmp_path.glob(".params*"))
 
 
-def test_imagenets_rate_of_biases_is_the_official_one_on_the_true_gradient():
+def test_imagenets_rate_of_biases_and_decay_are_the_official_ones_on_the_true_gradient():
     """The official loss sums C over its processes by an all-reduce that autograd does not see.
 
     So a process's gradient is of its own part of C alone, and the mean that DistributedDataParallel takes is 1 / W of
@@ -66,4 +66,12 @@ def test_imagenets_rate_of_biases_is_the_official_one_on_the_true_gradient():
     """
     overlay = strict.read_yaml("presets/imagenet.yaml")["pretrain"]
     assert overlay["lr_biases"] == pytest.approx(0.0048 / 16)
+    assert overlay["weight_decay"] == pytest.approx(16 * 1e-6)
     assert overlay["lr_weights"] == 0.2
+
+
+def test_cifar10s_rates_and_decay_are_solo_learns_without_its_scale_of_the_loss():
+    overlay = strict.read_yaml("presets/cifar10.yaml")["pretrain"]
+    assert overlay["clip"]
+    assert overlay["lr_weights"] == overlay["lr_biases"] == pytest.approx(0.1 * 0.3)
+    assert overlay["weight_decay"] == pytest.approx(1e-4 / 0.1)

@@ -48,6 +48,12 @@ def test_a_step_takes_the_rates_of_weights_and_of_biases(project, smoke):
     assert all(w.grad is None for w in run.network.parameters())
 
 
+def test_the_optimizer_has_the_params_settings(project, smoke, change):
+    settings = {"momentum": 0.7, "weight_decay": 0.3, "trust_coefficient": 0.04, "clip": True}
+    run = Training(change(smoke, "pretrain", **settings), CPU)
+    assert [{name: group[name] for name in settings} for group in run.optimizer.param_groups] == [settings] * 2
+
+
 def test_an_epochs_row_holds_the_means(project, smoke):
     run = Training(smoke, CPU)
     assert (run.epoch_steps, run.network.dim) == (3, 64)

@@ -18,6 +18,11 @@ class LARS(torch.optim.Optimizer):
     neither decay nor scaling. Each setting may differ by parameter group. One fused launch per operation and group,
     and no value is read back from the device.
 
+    `clip` is solo-learn's `clip_lr` (solo/utils/lars.py): d is scaled by min(trust_coefficient * |w| / |d| / lr, 1), so
+    that lr is no factor but an upper bound: the step is min(trust_coefficient * |w| / |d|, lr) * d. solo-learn has
+    |g| + weight_decay * |w| for |d|. With `clip`, scaling the loss by s is multiplying lr, of weights and of biases, by
+    s and dividing weight_decay by s.
+
     Raises:
         ValueError: a setting is negative.
     """
@@ -29,6 +34,7 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 1e-6,
         trust_coefficient: float = 0.001,
+        clip: bool = False,
     ) -> None:
         settings = {
             "lr": lr,
@@ -39,7 +45,7 @@ class LARS(torch.optim.Optimizer):
         for name, value in settings.items():
             if value < 0:
                 raise ValueError(f"{name}={value} is negative; it must be at least 0")
-        super().__init__(params, settings)
+        super().__init__(params, settings | {"clip": clip})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -63,7 +69,11 @@ class LARS(torch.optim.Optimizer):
             w_norm = torch.stack(torch._foreach_norm(weights))
             d_norm = torch.stack(torch._foreach_norm(updates))
             trust = group["trust_coefficient"] * w_norm / d_norm
-            trust = torch.where((w_norm > 0) & (d_norm > 0), trust, 1.0)
+            scaled = (w_norm > 0) & (d_norm > 0)
+            if group["clip"]:
+                scaled &= trust < group["lr"]  # false at lr = 0, where the quotient below is infinite or NaN
+                trust = trust / group["lr"]
+            trust = torch.where(scaled, trust, 1.0)
             torch._foreach_mul_(updates, list(trust.unbind()))
         for w in weights:
             if "momentum_buffer" not in self.state[w]:

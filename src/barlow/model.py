@@ -29,7 +29,7 @@ def backbone(model: params.Model) -> resnet.ResNet:
     for 32-px images (SimCLR, appendix B.9); `stride` is 3x3 stride 2, a quarter of that one's cost.
     """
     block = resnet.Bottleneck if model.arch == "resnet50" else resnet.BasicBlock
-    network = resnet.ResNet(block, LAYERS[model.arch], zero_init_residual=False)
+    network = resnet.ResNet(block, LAYERS[model.arch], zero_init_residual=model.zero_init_residual)
     if model.stem != "imagenet":
         stride = {"small": 1, "stride": 2}[model.stem]
         network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)

@@ -103,6 +103,7 @@ class Model:
     arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"]
     stem: Literal["imagenet", "small", "stride"]
     projector: tuple[Positive, ...]
+    zero_init_residual: bool
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Pretrain:
     momentum: Fraction
     weight_decay: NonNegative
     trust_coefficient: Above0
+    clip: bool
     precision: Literal["bf16", "fp32", "auto"]
     device: Literal["cpu", "cuda", "auto"]
     processes: Positive | None

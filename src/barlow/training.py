@@ -58,7 +58,7 @@ class Training:
         self.weights = [w for w in self.network.parameters() if w.ndim > 1]
         self.biases = [w for w in self.network.parameters() if w.ndim <= 1]
         groups = [{"params": self.weights}, {"params": self.biases}]
-        self.optimizer = LARS(groups, 0.0, p.momentum, p.weight_decay, p.trust_coefficient)
+        self.optimizer = LARS(groups, 0.0, p.momentum, p.weight_decay, p.trust_coefficient, p.clip)
         self.p, self.device = p, device
         self.step = 0
         self.sums = torch.zeros(len(BarlowTwinsLoss._fields), device=device)  # of this epoch
