@@ -396,7 +396,42 @@ def test_single_views_are_distorted_as_view_b_is_and_each_differently(tars, plai
 def test_the_pipeline_can_be_put_together_for_a_gpu(smoke, count):
     """No driver is needed for that: a graph with a node of the GPU where one of the CPU must be is refused here."""
     options = {"batch_size": 4, "num_threads": 1, "device_id": 0}
-    assert views.view_pipeline(lambda: None, smoke.views, count, **options).device_id == 0
+    pipeline = views.view_pipeline(lambda: None, smoke.views, count, **options)
+    assert pipeline.device_id == 0
+    assert pipeline.exec_dynamic  # without which a batch could be written over while a step reads it
+
+
+@pytest.mark.parametrize(("device_id", "decoder"), [(None, "cpu"), (0, "mixed")])
+def test_jpegs_are_decoded_alike_on_both_devices(smoke, monkeypatch, device_id, decoder):
+    options, decode = [], views.fn.decoders.image
+    monkeypatch.setattr(
+        views.fn.decoders, "image", lambda *nodes, **given: options.append(given) or decode(*nodes, **given)
+    )
+    views.view_pipeline(lambda: None, smoke.views, 1, batch_size=4, num_threads=1, device_id=device_id)
+    assert [(given["device"], given["jpeg_fancy_upsampling"]) for given in options] == [(decoder, True)]
+
+
+def test_chroma_is_interpolated_as_pillow_does(tmp_path, plain):
+    """Of a JPEG with a quarter of the chroma; to repeat it instead would be several levels off."""
+    rows, columns = np.mgrid[:32, :32]
+    wave = np.stack((np.sin(rows / 2), np.cos(columns / 2), np.sin((rows + columns) / 3)), -1)
+    buffer = io.BytesIO()
+    Image.fromarray((128 + 127 * wave).astype(np.uint8)).save(buffer, "JPEG", quality=90, subsampling="4:2:0")
+    shards.write(tmp_path / "pretrain-000000.tar", [shards.Sample("0" * 24, buffer.getvalue(), "jpg", -1, 32, 32)])
+    view, _ = views.pairs(shards.tars("pretrain", tmp_path), plain(size=32), 1, seed=0)
+    assert np.array_equal(view[0], np.asarray(Image.open(buffer)))
+
+
+def test_batches_stay_as_they_were_handed_over(tars, smoke):
+    """They are no copies, and the pipeline goes on; with `exec_dynamic=False` it writes over them."""
+    endless = itertools.chain.from_iterable(itertools.repeat(views.TwinViews(tars, smoke.views, 5, seed=0)))
+    held = [(pair, torch.stack(pair)) for pair in itertools.islice(endless, 30)]
+    assert all(torch.equal(torch.stack(pair), copy) for pair, copy in held)
+    samples = shards.Samples(tars)
+    held = [
+        (view, view.clone()) for view, _ in views.single_views(samples, np.arange(COUNT), smoke.views, 5, 30, seed=0)
+    ]
+    assert all(torch.equal(view, copy) for view, copy in held)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the GPU path is not tested here")
@@ -404,4 +439,12 @@ def test_gpu_gives_what_cpu_gives(tars, plain):
     settings = plain(size=16, jitter=1.0, brightness=0.4, contrast=0.4, solarize=(0.0, 1.0), blur=(1.0, 0.0))
     cpu, gpu = (batches(views.TwinViews(tars, settings, 7, 0, device_id=device), 8) for device in (None, 0))
     assert all(batch.device.type == "cuda" for batch in gpu)
+    assert all((a - b.cpu()).abs().max() < 3 / 255 for a, b in zip(cpu, gpu, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the GPU path is not tested here")
+def test_gpu_decodes_jpegs_as_the_cpu_does(small_tars, plain):
+    cpu, gpu = (
+        batches(views.TwinViews(small_tars, plain(size=28), 50, 0, device_id=device), 4) for device in (None, 0)
+    )
     assert all((a - b.cpu()).abs().max() < 3 / 255 for a, b in zip(cpu, gpu, strict=True))
