@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
+from torch.nn import functional
 
 from barlow import features, files, images, model, shards
 from barlow.errors import UserError
@@ -22,15 +23,15 @@ def one_by_one(encoder, samples):
     return torch.cat([encoder(torch.tensor(images.decode(sample.data))[None]) for sample in samples])
 
 
+def resized(sample, size):
+    buffer = io.BytesIO()
+    Image.fromarray(images.decode(sample.data)).resize(size).save(buffer, "PNG")
+    return sample._replace(data=buffer.getvalue(), extension="png", height=size[1], width=size[0])
+
+
 @pytest.mark.parametrize("chunk", [2, 5, 256])
 def test_images_of_mixed_sizes_are_embedded_in_order(encoder, project, monkeypatch, chunk):
     monkeypatch.setattr(features, "CHUNK", chunk)
-
-    def resized(sample, size):
-        buffer = io.BytesIO()
-        Image.fromarray(images.decode(sample.data)).resize(size).save(buffer, "PNG")
-        return sample._replace(data=buffer.getvalue(), extension="png", height=size[1], width=size[0])
-
     train = list(shards.read(shards.tars("train")))[:5]
     sizes = [(30, 20), (50, 60), (8, 9), (24, 24), (100, 10)]
     mixed = [resized(sample, size) for sample, size in zip(train, sizes, strict=True)]
@@ -40,6 +41,27 @@ def test_images_of_mixed_sizes_are_embedded_in_order(encoder, project, monkeypat
     assert split.labels.tolist() == [0, 1, 2, 3, 0]
     assert split.keys == [f"train{i:04d}" for i in range(5)]
     assert not split.features.is_inference()  # the probe learns from them
+
+
+def test_the_network_sees_the_bits_of_preprocess(encoder):
+    """Whatever is computed in one go and whatever image by image; of all sizes, and laid out in memory as ever."""
+    sizes = [(24, 24), (30, 20), (8, 9), (1, 1), (100, 10), (1600, 1200)]
+    samples = [resized(next(features.labelled("train")), size) for size in sizes]
+    seen = []
+    encoder.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    features.embed(encoder, iter(samples), CPU)
+
+    def preprocessed(data):
+        planes = torch.tensor(images.decode(data))[None].permute(0, 3, 1, 2).float()
+        planes = functional.interpolate(planes, (encoder.size, encoder.size), mode="bilinear", antialias=True)
+        return (planes - encoder.mean) / encoder.std
+
+    expected = torch.cat([preprocessed(sample.data) for sample in samples])
+    assert torch.equal(seen[0], expected)
+    assert seen[0].stride() == expected.stride()
+    assert torch.equal(
+        torch.cat([encoder.preprocess(torch.tensor(images.decode(s.data))[None]) for s in samples]), expected
+    )
 
 
 def test_of_no_images_there_are_no_features(encoder):

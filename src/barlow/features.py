@@ -35,17 +35,18 @@ def labelled(split: str) -> Iterator[shards.Sample]:
 
 
 def embed(encoder: model.FrozenEncoder, samples: Iterator[shards.Sample], device: torch.device) -> Split:
-    """Embed images with torch."""
+    """Embed images with torch: decoded and resized on the CPU, the rest on the device, where the encoder is."""
 
-    def preprocess(data: bytes) -> Tensor:
-        return encoder.preprocess(torch.tensor(images.decode(data))[None].to(device))
+    def resized(data: bytes) -> Tensor:
+        # On the CPU: the CUDA kernel fails where a side shrinks by more than 94 (pytorch/vision issue 7671).
+        return encoder.resize(torch.tensor(images.decode(data))[None])
 
     def vectors(pixels: Iterator[Tensor]) -> Tensor:
         with torch.inference_mode():
-            features: Tensor = encoder.backbone(torch.cat(list(pixels)))
+            features: Tensor = encoder.backbone(encoder.normalise(torch.cat(list(pixels)).to(device)))
         return features.float().cpu()
 
-    return through(samples, preprocess, vectors, encoder.backbone.dim)
+    return through(samples, resized, vectors, encoder.backbone.dim)
 
 
 def through(

@@ -120,9 +120,16 @@ class FrozenEncoder(nn.Module):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Turn uint8 (batch, height, width, 3) into normalised float32 (batch, 3, size, size)."""
+        return self.normalise(self.resize(images))
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Turn uint8 (batch, height, width, 3) into float32 (batch, 3, size, size), 0 to 255."""
         pixels = images.permute(0, 3, 1, 2).float()
-        pixels = functional.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
-        return (pixels - self.mean) / self.std
+        return functional.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
+
+    def normalise(self, resized: Tensor) -> Tensor:
+        """Turn what `resize` returns into values of about zero mean and unit deviation."""
+        return (resized - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the representation of uint8 images (batch, height, width, 3): float32 (batch, dim)."""
