@@ -16,10 +16,11 @@ from torch import nn
 
 from barlow import distributed, files, model
 from barlow.ablation import ablated_loss
+from barlow.errors import UserError
 from barlow.params import Ablation
 
 WORLD = 4  # two are in test_pretrain, which trains with them, under torchrun
-WORKER = """
+BATCH_NORM = """
 import os
 import sys
 import torch
@@ -29,6 +30,22 @@ from barlow import distributed, model
 from barlow.ablation import ablated_loss
 from barlow.loss import barlow_twins_loss, cross_correlation
 
+def batch_norm(device):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6))
+    network.load_state_dict(torch.load("network.pt", weights_only=True))
+    network = model.synchronised(network.to(device), device)
+    images, world = torch.load("images.pt", weights_only=True), distributed.world_size()
+    network(images.chunk(world)[distributed.rank()].to(device)).pow(3).mean().backward()
+    for parameter in network.parameters():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= world
+    return {
+        "gradients": {name: parameter.grad.cpu() for name, parameter in network.named_parameters()},
+        "state": {name: value.cpu() for name, value in network.state_dict().items()},
+        "kinds": [type(module).__module__ for module in network if "BatchNorm" in type(module).__name__],
+    }
+"""
+WORKER = """
 sent = 0
 def counted(collective, argument):
     def call(*tensors, **options):
@@ -57,18 +74,7 @@ def work(rank):
         dist.all_reduce(weight.grad)  # DistributedDataParallel's mean
         results[name] = {"gradient": weight.grad / world, "total": loss.total.detach(), "sent": sent, "c": c}
 
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6))
-    network.load_state_dict(torch.load("network.pt", weights_only=True))
-    network = model.synchronised(network, device)
-    images = torch.load("images.pt", weights_only=True)
-    network(images.chunk(world)[rank]).pow(3).mean().backward()
-    for parameter in network.parameters():
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= world
-    results["network"] = {
-        "gradients": {name: parameter.grad for name, parameter in network.named_parameters()},
-        "state": network.state_dict(),
-    }
+    results["network"] = batch_norm(device)
 
     def gather(value):
         values = [None] * world
@@ -90,6 +96,13 @@ store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE=str(world))
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # that one, and none of their own
 torch.multiprocessing.start_processes(work, nprocs=world, start_method="fork")  # one import of torch for all
+"""
+GPU_WORKER = """
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+results = batch_norm(distributed.start(sys.argv[1]))
+if distributed.rank() == 0:
+    torch.save(results, "out.pt")
+distributed.stop()
 """
 
 
@@ -129,7 +142,7 @@ def processes(tmp_path_factory, cases, images):
     folder = tmp_path_factory.mktemp("processes")
     for name, content in {"in.pt": cases, "images.pt": images, "network.pt": network().state_dict()}.items():
         torch.save(content, folder / name)
-    (folder / "worker.py").write_text(WORKER)
+    (folder / "worker.py").write_text(BATCH_NORM + WORKER)
     command = [sys.executable, "worker.py", "in.pt", str(WORLD)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -168,15 +181,34 @@ def test_the_smaller_of_embeddings_and_matrix_travels_once(processes):
     assert matrix <= processes["direct"]["sent"] <= matrix + vectors["direct"] + scalars
 
 
-@pytest.mark.slow
-def test_batch_norm_sees_the_global_batch(processes, images):
+def assert_batch_norm(result, images, kind):
+    """The gradients and the state are those of torch's own batch norm in one process, on the whole batch."""
+    assert result["kinds"] == [kind] * 2
     alone = network()
     alone(images).pow(3).mean().backward()
-    result = processes["network"]
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(result["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-4)
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(result["state"][name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_batch_norm_sees_the_global_batch(processes, images):
+    assert_batch_norm(processes["network"], images, "barlow.model")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs: SyncBatchNorm and NCCL are not tested")
+def test_batch_norm_sees_the_global_batch_on_two_gpus(tmp_path, images):
+    """A process for each of them. In a world of one torch takes its plain batch norm."""
+    for name, content in {"images.pt": images, "network.pt": network().state_dict()}.items():
+        torch.save(content, tmp_path / name)
+    (tmp_path / "worker.py").write_text(BATCH_NORM + GPU_WORKER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, "worker.py", "cuda"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert_batch_norm(result, images, "torch.nn.modules.batchnorm")
 
 
 @pytest.mark.slow
@@ -193,17 +225,6 @@ def test_batch_norm_alone_is_that_of_torch():
     for mode in (True, False):
         torch.testing.assert_close(ours.train(mode)(x), theirs.train(mode)(x))
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch's SyncBatchNorm is not compared here")
-def test_batch_norm_is_that_of_torch_on_a_gpu():
-    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        x = torch.randn(8, 3, 6, 6, device="cuda")
-        cuda = model.synchronised(network().cuda(), torch.device("cuda"))
-        torch.testing.assert_close(cuda(x).cpu(), model.synchronised(network(), torch.device("cpu"))(x.cpu()))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 LAUNCH = [sys.executable, "-c", "from barlow import distributed; assert distributed.launch(2, 'cpu')"]
@@ -263,6 +284,7 @@ def test_a_gpu_has_its_index(monkeypatch):
     """Without it, DALI makes the views on the CPU and they enter a network on the GPU."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     assert distributed.local_device() == torch.device("cuda", 0)
@@ -271,6 +293,60 @@ def test_a_gpu_has_its_index(monkeypatch):
     assert chosen == [torch.device("cuda", 0), torch.device("cuda", 3)]
     assert torch.backends.cudnn.deterministic
     assert distributed.local_device("cpu").index is None
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Let PyTorch see two GPUs, and no process be started; a list of how many would have been."""
+    launched = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(
+        distributed, "elastic_launch", lambda config, _: lambda *__: launched.append(config.nproc_per_node)
+    )
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_SIGNALS_TO_HANDLE"):  # `launch` sets them, for its children
+        monkeypatch.setenv(name, "1")
+    return launched
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_refused_before_they_start(two_gpus, device):
+    wanted = (
+        r"^pretrain\.processes=4 is more than the 2 GPU\(s\) that PyTorch sees here; "
+        r"set it to at most 2 or to null, one per GPU, or set pretrain\.device to cpu$"
+    )
+    with pytest.raises(UserError, match=wanted):
+        distributed.launch(4, device)
+    assert two_gpus == []
+    assert distributed.launch(2, device)
+    assert distributed.launch(None, device)
+    assert distributed.launch(4, "cpu")
+    assert two_gpus == [2, 2, 4]
+
+
+def test_several_processes_on_gpus_where_there_are_none(two_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match=r"pretrain\.device=cuda, and PyTorch sees no GPU here"):
+        distributed.launch(2, "cuda")
+    assert distributed.launch(2, "auto")
+    assert two_gpus == [2]
+
+
+def test_a_process_of_torchrun_that_has_no_gpu_is_refused(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    wanted = (
+        r"^LOCAL_RANK=2 of LOCAL_WORLD_SIZE=4 has no GPU: PyTorch sees 2 here; "
+        r"start at most 2 processes .*pretrain\.processes, .*--nproc-per-node.*pretrain\.device to cpu$"
+    )
+    with pytest.raises(UserError, match=wanted):
+        distributed.local_device()
+    assert distributed.local_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.local_device() == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize("stage", ["extract", "finetune"])

@@ -29,7 +29,7 @@ def start(device: str) -> torch.device:
     """Join the processes that torchrun started, if it did, and return this one's device (`device`: cpu, cuda, auto).
 
     Raises:
-        UserError: there is no GPU and `device` is cuda.
+        UserError: there is no GPU and `device` is cuda, or there are fewer GPUs than processes.
     """
     local = local_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -42,17 +42,28 @@ def local_device(device: str = "auto") -> torch.device:
     """Return this process's device: the CPU, or a GPU with its index, without which DALI would work on the CPU.
 
     Raises:
-        UserError: there is no GPU and `device` is cuda.
+        UserError: there is no GPU and `device` is cuda, or there are fewer GPUs than processes.
     """
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cpu":
+    if _kind(device) == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("pretrain.device=cuda, and PyTorch sees no GPU here; set it to cpu or auto")
-    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= gpus:
+        raise UserError(
+            f"LOCAL_RANK={number} of LOCAL_WORLD_SIZE={os.environ.get('LOCAL_WORLD_SIZE', 1)} has no GPU: PyTorch sees "
+            f"{gpus} here; start at most {gpus} processes on this machine (pretrain.processes, or torchrun's "
+            f"--nproc-per-node), or set pretrain.device to cpu"
+        )
+    local = torch.device("cuda", number)
     torch.cuda.set_device(local)
     torch.backends.cudnn.deterministic = True  # a resumed run is to end with the same weights
     return local
+
+
+def _kind(device: str) -> str:
+    """Return cpu or cuda; raise UserError where `device` is cuda and there is no GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("pretrain.device=cuda, and PyTorch sees no GPU here; set it to cpu or auto")
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_restarts(environment: Mapping[str, str]) -> None:
@@ -73,12 +84,18 @@ def launch(processes: int | None, device: str) -> bool:
         device: cpu, cuda or auto.
 
     Raises:
+        UserError: there is no GPU and `device` is cuda, or there are fewer GPUs than processes.
         SystemExit: one failed; carries its exit code.
         Interrupted: a signal came, which the processes got as well.
     """
     processes = processes or one_a_device(device)
     if processes == 1 or "WORLD_SIZE" in os.environ:
         return False
+    if _kind(device) == "cuda" and processes > (gpus := torch.cuda.device_count()):
+        raise UserError(
+            f"pretrain.processes={processes} is more than the {gpus} GPU(s) that PyTorch sees here; set it to at most "
+            f"{gpus} or to null, one per GPU, or set pretrain.device to cpu"
+        )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(files.cpus() // processes, 1)))
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # passes them on
     config = LaunchConfig(
