@@ -74,11 +74,10 @@ def test_the_dual_forms_own_backward_pass():
     assert torch.autograd.gradcheck(lambda a, b: barlow_twins_loss(a, b, 0.1).total, views)
 
 
-@pytest.mark.parametrize("form", ["_direct", "_dual"])
+@pytest.mark.parametrize("form", ["direct", "dual"])
 @pytest.mark.parametrize(("n", "dim"), SIZES)
 def test_both_forms_equal_the_paper_in_float64(monkeypatch, form, n, dim):
-    monkeypatch.setattr(loss, "_direct", getattr(loss, form))
-    monkeypatch.setattr(loss, "_dual", getattr(loss, form))
+    monkeypatch.setattr(loss, "form", lambda *_: form)
     z_a, z_b = embeddings(n, dim)
     expected, expected_gradient = gradients(lambda a, b: paper_loss(a, b, 0.0051), z_a.double(), z_b.double())
     total, gradient = gradients(lambda a, b: barlow_twins_loss(a, b, 0.0051).total, z_a, z_b)
@@ -128,13 +127,16 @@ def test_float32_under_autocast():
     assert total.item() == expected.item()
 
 
-def test_form_is_chosen_by_the_smaller_of_batch_and_dimension(monkeypatch):
-    called = []
-    for form in ("_direct", "_dual"):
-        monkeypatch.setattr(loss, form, lambda *_, form=form: called.append(form) or (torch.zeros(()),) * 2)
-    for n, dim in [(8, 16), (16, 8)]:
-        barlow_twins_loss(*embeddings(n, dim), 0.1)
-    assert called == ["_dual", "_direct"]
+@pytest.mark.parametrize(("n", "dim", "wanted"), [(8, 16, "dual"), (16, 8, "direct"), (8, 8, "direct")])
+def test_form_is_chosen_by_the_smaller_of_batch_and_dimension(n, dim, wanted):
+    """Seen in what is kept for the backward pass: C, or Gram matrices."""
+    assert loss.form(n, dim) == wanted
+    views, kept = [z.requires_grad_() for z in embeddings(n, dim)], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        barlow_twins_loss(*views, 0.1)
+    assert ((dim, dim) in kept, (n, n) in kept) == (
+        (wanted == "direct", wanted == "dual") if n != dim else (True, True)
+    )
 
 
 @pytest.mark.parametrize(("shape_a", "shape_b"), [((4, 3), (4, 2)), ((4, 3), (5, 3)), ((4,), (4,))])

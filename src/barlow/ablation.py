@@ -9,11 +9,13 @@ stop-gradient: view B's embeddings are constants, so that the gradient flows thr
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from barlow import distributed
 from barlow.distributed import Group
-from barlow.loss import BarlowTwinsLoss, barlow_twins_loss
+from barlow.loss import BarlowTwinsLoss, barlow_twins_loss, batch, wide
 from barlow.params import Ablation
 
 
@@ -24,8 +26,15 @@ def ablated_loss(
     ablate: Ablation | None,
     group: Group = None,
 ) -> BarlowTwinsLoss:
-    """Compute `barlow_twins_loss` without, or with, what `ablate` names; both terms are told whatever counts."""
+    """Compute `barlow_twins_loss` without, or with, what `ablate` names.
+
+    Both terms are returned even where only one is minimised.
+    """
     if ablate == "normalisation":
-        return barlow_twins_loss(z_a, z_b, lambd, group, lambda a, b, n, group: (a, b))
+        n, _ = batch(z_a, z_b, group)
+        with torch.autocast(z_a.device.type, enabled=False):
+            c = distributed.all_reduce(wide(z_a, n).T @ wide(z_b, n), group, replicated=True) / n
+        on_diagonal, off_diagonal = (1 - c.diagonal()).square().sum(), (c - c.diagonal().diag()).square().sum()
+        return BarlowTwinsLoss(on_diagonal + lambd * off_diagonal, on_diagonal, off_diagonal)
     loss = barlow_twins_loss(z_a, z_b.detach() if ablate == "stop-gradient" else z_b, lambd, group)
     return loss._replace(total=lambd * loss.off_diagonal) if ablate == "invariance" else loss
