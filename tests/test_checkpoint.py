@@ -6,6 +6,7 @@ import subprocess
 import threading
 from concurrent import futures
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from barlow import checkpoint
 from barlow.errors import UserError
 
 
-def save(folder, step, mark="same"):
-    checkpoint.save(folder, step, {"w": torch.full((1000,), float(step))}, {"fingerprint": mark, "history": []})
+def save(folder, step, **metadata):
+    checkpoint.save(folder, step, {"w": torch.full((1000,), float(step))}, {"history": [], **metadata})
 
 
 def test_the_newest_is_loaded_and_two_are_kept(tmp_path):
@@ -25,8 +26,8 @@ def test_the_newest_is_loaded_and_two_are_kept(tmp_path):
         "step-000000010.safetensors",
         "step-000000015.safetensors",
     ]
-    tensors, metadata = checkpoint.latest(tmp_path, "same")
-    assert metadata == {"fingerprint": "same", "history": [], "step": 15}
+    tensors, metadata = checkpoint.latest(tmp_path)
+    assert metadata == {"history": [], "step": 15}
     assert torch.equal(tensors["w"], torch.full((1000,), 15.0))
 
 
@@ -35,14 +36,52 @@ def test_a_truncated_one_is_skipped_with_a_warning(tmp_path, capsys, kept):
     save(tmp_path, 5)
     save(tmp_path, 10)
     os.truncate(tmp_path / "step-000000010.safetensors", kept)
-    assert checkpoint.latest(tmp_path, "same")[1]["step"] == 5
+    assert checkpoint.latest(tmp_path)[1]["step"] == 5
     assert "step-000000010.safetensors is damaged" in capsys.readouterr().err
 
 
-def test_one_of_another_run_is_not_resumed(tmp_path, capsys):
-    save(tmp_path, 5)
-    assert checkpoint.latest(tmp_path, "other") is None
-    assert "other params, data or code" in capsys.readouterr().err
+IDENTITY = {"pretrain": {"lambd": 0.002, "epochs": 8}, "model": {"arch": "resnet10"}, "data": "x"}
+
+
+def test_a_run_has_a_folder_by_its_settings_data_and_code():
+    found = checkpoint.folder(IDENTITY)
+    assert found.parent == checkpoint.FOLDER
+    assert checkpoint.folder(dict(reversed(IDENTITY.items()))) == found
+    for key, value in {"data": "y", "code": "z", "model": {"arch": "resnet18"}}.items():
+        assert checkpoint.folder(IDENTITY | {key: value}) != found
+
+
+def test_the_code_of_a_run_is_what_pretraining_imports(tmp_path, monkeypatch):
+    """A comment in the service leaves a run's checkpoints what they are; one in the loss makes it another run."""
+    package = shutil.copytree(Path(checkpoint.__file__).parent, tmp_path / "barlow")
+    monkeypatch.setattr(checkpoint, "__file__", str(package / "checkpoint.py"))
+    before = checkpoint.code()
+    for name in ("serve", "report", "gate", "evaluate", "claims", "cli"):
+        with (package / f"{name}.py").open("a") as source:
+            source.write("# a comment\n")
+    assert checkpoint.code() == before
+    seen = {before}
+    for name in ("pretrain", "training", "loss", "distort", "model", "checkpoint"):
+        with (package / f"{name}.py").open("a") as source:
+            source.write("# a comment\n")
+        seen.add(checkpoint.code())
+    assert len(seen) == 7
+
+
+def test_other_runs_are_named_with_what_would_go_on_with_them(tmp_path):
+    ours, older, foreign = tmp_path / "ours", tmp_path / "older", tmp_path / "foreign"
+    save(ours, 5, identity=IDENTITY)
+    save(older, 7, identity=IDENTITY | {"pretrain": {"lambd": 0.1, "epochs": 8}, "data": "y"})
+    foreign.mkdir()
+    (foreign / "step-000000009.safetensors").write_bytes(b"damaged")
+    told = list(checkpoint.others(ours, IDENTITY))
+    assert len(told) == 2
+    assert told[0] == f"{foreign} has a damaged checkpoint of another run; delete the folder"
+    wanted = "(other data, pretrain.lambd=0.1); set that back to go on with it, or delete the folder"
+    assert told[1] == f"{older} has checkpoints of another run {wanted}"
+    assert "pretrain.lambd=0.002" in list(checkpoint.others(older, IDENTITY | {"pretrain": {"lambd": 0.1}}))[1]
+    save(older, 9, identity=IDENTITY)
+    assert "(other code)" in list(checkpoint.others(ours, IDENTITY))[1]
 
 
 def test_a_foreign_file_is_skipped(tmp_path, capsys):
@@ -51,43 +90,21 @@ def test_a_foreign_file_is_skipped(tmp_path, capsys):
     save(tmp_path, 5)
     save_file({"w": torch.zeros(1)}, tmp_path / "step-000000099.safetensors")
     (tmp_path / "step-000000098.safetensors").write_bytes(b"\x80\x04 a pickle")
-    assert checkpoint.latest(tmp_path, "same")[1]["step"] == 5
+    assert checkpoint.latest(tmp_path)[1]["step"] == 5
     assert capsys.readouterr().err.count("damaged") == 2
 
 
 def test_an_empty_or_missing_folder_is_a_fresh_start(tmp_path):
-    assert checkpoint.latest(tmp_path, "same") is None
-    assert checkpoint.latest(tmp_path / "none", "same") is None
-
-
-def test_clear_deletes_those_of_this_run_and_no_others(tmp_path):
-    save(tmp_path, 3, "a week old")
-    save(tmp_path, 5)
-    save(tmp_path, 7, "other")
-    (tmp_path / "step-000000009.safetensors").write_bytes(b"damaged")
-    checkpoint.clear(tmp_path, "same")
-    left = ["step-000000003.safetensors", "step-000000007.safetensors", "step-000000009.safetensors"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == left
-    checkpoint.clear(tmp_path / "none", "same")
-    assert checkpoint.latest(tmp_path, "a week old")[1]["step"] == 3
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "none") is None
 
 
 def test_what_a_killed_process_left_is_deleted(tmp_path):
     part = tmp_path / ".step-000000005.safetensors.12345.tmp"  # as `files.replacing` names it
     part.write_bytes(b"the first ha")
-    assert checkpoint.latest(tmp_path, "same") is None
+    assert checkpoint.latest(tmp_path) is None
     save(tmp_path, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000005.safetensors"]
-    part.write_bytes(b"the first ha")
-    checkpoint.clear(tmp_path, "same")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_fingerprint_tells_parts_apart():
-    same = checkpoint.fingerprint(model={"arch": "resnet10"}, data="x")
-    assert checkpoint.fingerprint(data="x", model={"arch": "resnet10"}) == same
-    assert checkpoint.fingerprint(model={"arch": "resnet18"}, data="x") != same
-    assert checkpoint.fingerprint(model={"arch": "resnet10"}, data="y") != same
 
 
 @contextmanager
@@ -111,27 +128,27 @@ def test_the_writer_returns_while_it_writes_what_was_there(tmp_path, monkeypatch
 
     monkeypatch.setattr(checkpoint, "save", held)
     writer, w = checkpoint.Writer(tmp_path), torch.ones(1000)
-    writer.save(5, {"w": w}, {"fingerprint": "same"})
+    writer.save(5, {"w": w}, {})
     assert begun.wait(60)
     w.fill_(7)  # training goes on
     writer.check()
-    assert writer.newest("same") is None
+    assert checkpoint.newest(tmp_path) is None
     go_on.set()
     writer.wait()
-    assert writer.newest("same") == tmp_path / "step-000000005.safetensors"
-    assert torch.equal(checkpoint.latest(tmp_path, "same")[0]["w"], torch.ones(1000))
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-000000005.safetensors"
+    assert torch.equal(checkpoint.latest(tmp_path)[0]["w"], torch.ones(1000))
 
 
 def test_checkpoints_are_written_one_after_the_other(tmp_path):
     writer = checkpoint.Writer(tmp_path)
     for step in range(1, 6):
-        writer.save(step, {"w": torch.full((1000,), float(step))}, {"fingerprint": "same"})
+        writer.save(step, {"w": torch.full((1000,), float(step))}, {})
     writer.wait()
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "step-000000004.safetensors",
         "step-000000005.safetensors",
     ]
-    assert torch.equal(checkpoint.latest(tmp_path, "same")[0]["w"], torch.full((1000,), 5.0))
+    assert torch.equal(checkpoint.latest(tmp_path)[0]["w"], torch.full((1000,), 5.0))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +156,7 @@ def test_checkpoints_are_written_one_after_the_other(tmp_path):
     [
         checkpoint.Writer.wait,
         checkpoint.Writer.check,
-        lambda writer: writer.save(6, {"w": torch.ones(1)}, {"fingerprint": "same"}),
+        lambda writer: writer.save(6, {"w": torch.ones(1)}, {}),
     ],
     ids=["wait", "check", "save"],
 )
@@ -161,18 +178,18 @@ def test_without_a_checkpoint_there_is_nothing_to_wait_for(tmp_path):
     writer = checkpoint.Writer(tmp_path)
     writer.check()
     writer.wait()
-    assert writer.newest("same") is None
+    assert checkpoint.newest(tmp_path) is None
 
 
 def fill(folder):
     """Save a small checkpoint and then one of 4 MB; return the error of the second."""
     save(folder, 5)
     writer = checkpoint.Writer(folder)
-    writer.save(10, {"w": torch.zeros(1_000_000)}, {"fingerprint": "same"})
+    writer.save(10, {"w": torch.zeros(1_000_000)}, {})
     with pytest.raises(UserError) as error:
         writer.wait()
     assert [path.name for path in folder.iterdir()] == ["step-000000005.safetensors"]  # no temporary file either
-    tensors, metadata = checkpoint.latest(folder, "same")
+    tensors, metadata = checkpoint.latest(folder)
     assert metadata["step"] == 5
     assert torch.equal(tensors["w"], torch.full((1000,), 5.0))
     return str(error.value)
@@ -210,19 +227,3 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
         UserError, match=r"models/resume/step-000000005.safetensors cannot be written \(Not a directory"
     ):
         save(tmp_path / "models/resume", 5)
-
-
-def test_the_checkpoints_of_another_run_stay(tmp_path):
-    for step in (100, 200):
-        save(tmp_path, step, "other")
-    for step in (5, 10, 15):
-        save(tmp_path, step)
-    steps = [int(path.stem.removeprefix("step-")) for path in sorted(tmp_path.iterdir())]
-    assert steps == [10, 15, 100, 200]
-    assert checkpoint.latest(tmp_path, "same")[1]["step"] == 15
-    assert checkpoint.latest(tmp_path, "other")[1]["step"] == 200
-    assert checkpoint.newest(tmp_path, "same").name == "step-000000015.safetensors"
-    checkpoint.clear(tmp_path, "same")
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        f"step-000000{step}.safetensors" for step in (100, 200)
-    ]

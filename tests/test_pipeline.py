@@ -104,7 +104,7 @@ def test_a_stopped_and_then_killed_pretraining_goes_on_when_the_flow_tries_again
             started = psutil.Process(running.pid).children(recursive=True)
             return [process for process in started if process.cmdline()[-1:] == ["pretrain"]][-1]
 
-        while not any((copy / "models/resume").glob("[!.]*")):
+        while not any((copy / "models/resume").glob("*/step-*")):
             assert not psutil.wait_procs([psutil.Process(running.pid)], timeout=0.05)[0]
         pretraining().terminate()
         assert says(r"barlow pretrain: stopped at step \d+ of"), "".join(lines)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -132,7 +133,7 @@ def test_a_usr1_signal_stops_as_well(project, smoke, monkeypatch):
     stop_after(monkeypatch, 2, signal.SIGUSR1)
     with pytest.raises(Interrupted, match="stopped at step 2 of 6; run again to go on from there"):
         pretrain.run(smoke)
-    assert [path.name for path in checkpoint.FOLDER.iterdir()] == ["step-000000002.safetensors"]
+    assert [path.name for path in checkpoint.FOLDER.glob("*/*")] == ["step-000000002.safetensors"]
 
 
 def test_a_checkpoint_every_so_many_steps(project, smoke, change, monkeypatch):
@@ -207,21 +208,21 @@ def test_a_checkpoint_of_other_params_is_not_resumed(project, smoke, change, mon
         stop_after(patch, 2)
         with pytest.raises(Interrupted):
             pretrain.run(smoke)
-    other = next(checkpoint.FOLDER.iterdir())
+    (other,) = checkpoint.FOLDER.glob("*/*")
     pretrain.run(change(smoke, "pretrain", epochs=1, lambd=0.1))
     captured = capsys.readouterr()
-    assert "other params, data or code; not resumed, and kept" in captured.err
+    assert f"{other.parent} has checkpoints of another run (pretrain.epochs=2, pretrain.lambd=0.002); " in captured.err
     assert "going on" not in captured.out
-    assert list(checkpoint.FOLDER.iterdir()) == [other]  # and it can still be gone on with
+    assert list(checkpoint.FOLDER.glob("*/*")) == [other]  # and it can still be gone on with
     pretrain.run(smoke)
     assert "going on from step 2 of 6\n" in capsys.readouterr().out
-    assert list(checkpoint.FOLDER.iterdir()) == []
+    assert list(checkpoint.FOLDER.glob("*")) == []
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(project, smoke, change):
     with pytest.raises(UserError, match=r"the loss is not finite at step 1, .* lower pretrain.lr_weights=1e\+30"):
         pretrain.run(change(smoke, "pretrain", lr_weights=1e30, lr_biases=1e30, warmup_epochs=0))
-    assert checkpoint.latest(checkpoint.FOLDER, "any") is None
+    assert not list(checkpoint.FOLDER.glob("*/*"))
     assert not files.ENCODER.exists()
 
 
@@ -319,7 +320,7 @@ def test_two_processes_are_stopped_and_one_goes_on_along_the_same_curve(project,
     stopped = re.search(r"barlow pretrain: stopped at step (\d+) of 24; run again to go on from there\n", error)
     step = int(stopped[1])
     assert 6 <= step < 24
-    assert max(path.name for path in checkpoint.FOLDER.iterdir()) == f"step-{step:09d}.safetensors"
+    assert max(path.name for path in checkpoint.FOLDER.glob("*/*")) == f"step-{step:09d}.safetensors"
 
     pretrain.run(gentle)
     wanted = f"going on from step {step} of 24; 1 process(es) and not 2: the same batches of 32, other rounding"
@@ -346,7 +347,47 @@ def test_torchrun_starts_the_processes_again_and_they_end_as_one_does(
     # One thread and two differ by 2e-9 in the norm of the weights and by 4e-3 in that of the last step's gradient.
     assert curve("weight_norm")[-1] == pytest.approx(report["weight_norm"], rel=1e-6)
     assert curve("gradient_norm")[-1] == pytest.approx(report["gradient_norm"], rel=2e-2)
+    for name in ("on_diagonal", "off_diagonal", "std", "lr"):  # of the global batch, whoever tells
+        assert curve(name)[-1] == pytest.approx(report[name], rel=5e-3), name
     assert files.ENCODER.exists()
+
+
+def ranks(params, folders):
+    """Run `barlow pretrain` in each folder, together, as machines with disks of their own; return what they print."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    processes = []
+    for rank, folder in enumerate(folders):
+        (folder / "params.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(params)))))
+        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(len(folders)), "LOCAL_RANK": "0"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "barlow.cli", "pretrain"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(folders), said
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("holder", [0, 1])
+def test_all_processes_go_on_from_what_the_first_found(
+    project, gentle, gentle_losses, tmp_path, small_shards, monkeypatch, holder
+):
+    """With a checkpoint on one machine's disk only; each once went on from what it had itself."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        (folder / "data").mkdir(parents=True)
+        (folder / "data/shards").symlink_to(small_shards)
+    monkeypatch.chdir(folders[holder])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Interrupted):
+            pretrain.run(gentle)
+    monkeypatch.chdir(folders[0])
+    said = ranks(gentle, folders)
+    assert ("going on from step 7 of 24; 2 process(es) and not 1" if holder == 0 else "from the start") in said[0]
+    assert_close(curve("loss"), gentle_losses)
 
 
 @pytest.mark.slow

@@ -165,9 +165,9 @@ def test_what_is_not_finite_is_not_saved_and_said_with_all_that_helps(project, s
         f"{what} not finite at step 4, with learning rates {weights:.3g} (weights) and {0.024 * weights:.3g} (biases): "
         f"lower pretrain.lr_weights=0.6, pretrain.lr_biases=0.0144 or pretrain.trust_coefficient=0.02, or raise "
         f"pretrain.warmup_epochs=1.0; the batch was {', '.join(keys(params, 4)[:8])} and 56 more; "
-        f"the last good checkpoint is models/resume/step-000000004.safetensors"
+        f"the last good checkpoint is {training.Training(params, CPU).folder}/step-000000004.safetensors"
     )
-    paths = sorted(checkpoint.FOLDER.iterdir())
+    paths = sorted(checkpoint.FOLDER.glob("*/*"))
     assert [path.name for path in paths] == ["step-000000003.safetensors", "step-000000004.safetensors"]
     for path in paths:
         tensors, metadata = model.load_weights(path)
@@ -243,13 +243,13 @@ def test_a_checkpoint_holds_all_that_there_is(project, smoke):
 
 
 def test_where_and_how_often_a_run_is_saved_does_not_make_it_another(project, smoke, change):
-    fingerprint = Training(smoke, CPU).fingerprint
+    folder = Training(smoke, CPU).folder
     elsewhere = {"checkpoint_seconds": 5.0, "checkpoint_steps": 7, "processes": 1, "device": "cpu", "knn_epochs": 1}
     elsewhere |= {"min_std": 0.2, "max_correlation": 0.7}
-    assert Training(change(smoke, "pretrain", **elsewhere), CPU).fingerprint == fingerprint
+    assert Training(change(smoke, "pretrain", **elsewhere), CPU).folder == folder
     for section, values in {
         "pretrain": {"ablate": "invariance"},
         "views": {"flip": 0.1},
         "model": {"projector": (64, 32)},
     }.items():
-        assert Training(change(smoke, section, **values), CPU).fingerprint != fingerprint
+        assert Training(change(smoke, section, **values), CPU).folder != folder

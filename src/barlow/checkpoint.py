@@ -1,11 +1,13 @@
-"""Resume state: one safetensors file a checkpoint, whole or absent, the last two kept, nothing unpickled."""
+"""Resume state: a folder per run, one safetensors file per checkpoint, whole or absent, the last two kept."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,19 +22,40 @@ from barlow.errors import UserError
 
 FOLDER = Path("models/resume")
 KEPT = 2
+TOLD = 5  # settings in which another run differs
 DAMAGED = (SafetensorError, OSError, KeyError, TypeError, ValueError)  # what reading may raise
 
 
-def fingerprint(**parts: Any) -> str:
-    """Hash what a run must have in common with the one it resumes, this package's code included."""
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + source.read_bytes())
+def folder(identity: Mapping[str, Any]) -> Path:
+    """Return the folder of a run, named by all that decides its weights: settings, data and code."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    return FOLDER / digest[:16]
+
+
+def code(module: str = "pretrain") -> str:
+    """Hash a module of this package and every other that it imports, directly or not."""
+    package, found, todo = Path(__file__).parent, dict[str, bytes](), {module}
+    while todo:
+        name = todo.pop()
+        found[name] = (package / f"{name}.py").read_bytes()
+        todo |= {imported for imported in _imported(found[name]) if (package / f"{imported}.py").exists()} - {*found}
+    digest = hashlib.sha256()
+    for name, source in sorted(found.items()):
+        digest.update(name.encode() + source)
     return digest.hexdigest()
 
 
+def _imported(source: bytes) -> Iterator[str]:
+    """Yield what may be modules in `from barlow import a, b` and `from barlow.a import c`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            top, _, name = node.module.partition(".")
+            if top == "barlow":
+                yield from [name] if name else [alias.name for alias in node.names]
+
+
 def save(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write the checkpoint of `step`, then delete all but the last two of this run; those of others stay.
+    """Write the checkpoint of `step`, then delete all but the last two of this run.
 
     Raises:
         UserError: it cannot be written; names the path and the bytes needed. Those before it stay.
@@ -44,16 +67,16 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str
         needed = sum(tensor.nbytes for tensor in tensors.values())
         raise UserError(
             f"{path} cannot be written ({error.strerror}): it needs {needed:,} bytes and {_free(folder):,} are free; "
-            f"make room and run again, to go on from {newest(folder, metadata['fingerprint']) or 'the start'}"
+            f"make room and run again, to go on from {newest(folder) or 'the start'}"
         ) from None
-    for old in [*_of_run(folder, metadata["fingerprint"])[KEPT:], *_parts(folder)]:
+    for old in [*_newest_first(folder)[KEPT:], *folder.glob(".step-*.tmp")]:  # the latter of a process that was killed
         old.unlink()
 
 
 class Writer:
     """Writes checkpoints in a thread, one at a time, while training goes on."""
 
-    def __init__(self, folder: Path = FOLDER) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._thread = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
@@ -84,63 +107,50 @@ class Writer:
         if last is not None:
             last.result()
 
-    def newest(self, fingerprint: str) -> Path | None:
-        """Return the path of the run's newest checkpoint, if there is one."""
-        return newest(self._folder, fingerprint)
 
-
-def newest(folder: Path, fingerprint: str) -> Path | None:
+def newest(folder: Path) -> Path | None:
     """Return the path of a run's newest checkpoint, if there is one."""
-    return next(iter(_of_run(folder, fingerprint)), None)
+    return next(iter(_newest_first(folder)), None)
 
 
-def latest(folder: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return (tensors, metadata) of the newest whole checkpoint with the `expected` fingerprint.
-
-    One that is damaged or of another run is skipped with a warning; None means a fresh start.
-    """
+def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return (tensors, metadata) of a run's newest whole checkpoint, None if there is none; warns of damaged ones."""
     for path in _newest_first(folder):
         try:
             tensors, metadata = model.load_weights(path)
+            metadata["step"] += 0  # a file of somebody else's has none
         except DAMAGED as error:
             print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
             continue
-        if metadata.get("fingerprint") == expected:
-            return tensors, metadata
-        print(
-            f"warning: {path} is of a run with other params, data or code; not resumed, and kept: go back to those to "
-            "go on with that run, or delete the file",
-            file=sys.stderr,
-        )
+        return tensors, metadata
     return None
 
 
-def clear(folder: Path, fingerprint: str) -> None:
-    """Delete the checkpoints of a run, and what killed writers left; those of other runs stay."""
-    for path in [*_of_run(folder, fingerprint), *_parts(folder)]:
-        path.unlink()
+def others(folder: Path, identity: Mapping[str, Any]) -> Iterator[str]:
+    """Say of each other run that has checkpoints what would go on with it, and what would delete it."""
+    for other in sorted({path.parent for path in folder.parent.glob("*/step-*.safetensors")} - {folder}):
+        try:
+            theirs = model.load_metadata(_newest_first(other)[0])["identity"]
+        except DAMAGED:
+            yield f"{other} has a damaged checkpoint of another run; delete the folder"
+            continue
+        differences = [text for key in sorted({*identity, *theirs}) for text in _differences(key, theirs, identity)]
+        told = ", ".join(differences[:TOLD]) + ", ..." * (len(differences) > TOLD) or "other code"
+        yield f"{other} has checkpoints of another run ({told}); set that back to go on with it, or delete the folder"
+
+
+def _differences(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+    """Yield `section.name=value` of theirs for each setting that is another here."""
+    was, now = theirs.get(key), ours.get(key)
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in sorted({*was, *now}):
+            yield from (f"{key}.{text}" for text in _differences(name, was, now))
+    elif json.dumps(was, default=str) != json.dumps(now, default=str):
+        yield f"other {key}" if key in ("data", "code") else f"{key}={json.dumps(was)}"
 
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"), reverse=True)
-
-
-def _of_run(folder: Path, fingerprint: str) -> list[Path]:
-    return [path for path in _newest_first(folder) if _fingerprint(path) == fingerprint]
-
-
-def _fingerprint(path: Path) -> str | None:
-    """Return the fingerprint in a checkpoint's header, None where that is damaged."""
-    try:
-        found: str | None = model.load_metadata(path).get("fingerprint")
-    except DAMAGED:
-        return None
-    return found
-
-
-def _parts(folder: Path) -> list[Path]:
-    """Return what a process that was killed while it wrote has left."""
-    return list(folder.glob(".step-*.tmp"))
 
 
 def _free(folder: Path) -> int:

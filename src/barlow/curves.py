@@ -7,10 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import TypeVar
-
-from dvclive import Live
-from tqdm import tqdm
+from typing import Any, TypeVar
 
 from barlow import distributed, files
 
@@ -23,7 +20,11 @@ class Curves:
     """The curves of a run, in reports/pretrain/; after a resume they are written anew from the rows so far."""
 
     def __init__(self, history: list[dict[str, float]]) -> None:
-        self._live = Live(str(FOLDER), save_dvc_exp=False, dvcyaml=None) if distributed.rank() == 0 else None
+        self._live = None
+        if distributed.rank() == 0:
+            from dvclive import Live  # here, since pandas comes with it
+
+            self._live = Live(str(FOLDER), save_dvc_exp=False, dvcyaml=None)
         for row in history:
             self.write(row)
 
@@ -43,8 +44,11 @@ class Progress:
 
     def __init__(self, step: int, epoch_steps: int, epochs: int, batch_size: int, shown: bool) -> None:
         self._epoch_steps, self._epochs, self._batch_size, self._shown = epoch_steps, epochs, batch_size, shown
-        # None: no bar where stderr is no terminal
-        self._bar = tqdm(initial=step, total=epoch_steps * epochs, unit="step", disable=None if shown else True)
+        self._bar: Any = None
+        if shown and sys.stderr.isatty():
+            from tqdm import tqdm  # here, so that a bare machine can train without it
+
+            self._bar = tqdm(initial=step, total=epoch_steps * epochs, unit="step")
         self._steps, self._waited = step, 0.0
         self._epoch = self._line = self._now()
 
@@ -52,7 +56,8 @@ class Progress:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def waits(self, batches: Iterable[Item]) -> Iterator[Item]:
         """Pass the batches on, and count the time that each takes to come and the steps."""
@@ -65,11 +70,12 @@ class Progress:
                 return
             self._steps += 1
             yield batch
-            self._bar.update()
+            if self._bar is not None:
+                self._bar.update()
 
     def due(self) -> bool:
         """Say whether it is time for `show`, which needs figures that only the device knows."""
-        interval = SECONDS if self._bar.disable else SECONDS / 10
+        interval = SECONDS if self._bar is None else SECONDS / 10
         return self._shown and time.perf_counter() - self._line[0] > interval
 
     def show(self, figures: Mapping[str, float]) -> None:
@@ -78,7 +84,7 @@ class Progress:
         left = (self._epoch_steps * self._epochs - self._steps) * self._batch_size / since["samples_per_second"]
         self._line = self._now()
         text = f"{describe({**figures, **since})}  {timedelta(seconds=round(left))} left"
-        if self._bar.disable:
+        if self._bar is None:
             epoch = (self._steps - 1) // self._epoch_steps + 1
             place = f"epoch {epoch}/{self._epochs}  step {self._steps}/{self._epoch_steps * self._epochs}"
             print(f"{place}  {text}", flush=True)
@@ -93,8 +99,9 @@ class Progress:
         """Print a finished epoch and start the clock of the next; what came since `epoch_figures` counts in neither."""
         if self._shown:
             place = f"epoch {self._steps // self._epoch_steps}/{self._epochs}"
-            tqdm.write(f"{place}  {describe(row)}")
-            sys.stdout.flush()  # which tqdm leaves to chance
+            write = print if self._bar is None else self._bar.write
+            write(f"{place}  {describe(row)}")
+            sys.stdout.flush()
         self._epoch = self._line = self._now()
 
     def _now(self) -> tuple[float, float, int]:

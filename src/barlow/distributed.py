@@ -168,6 +168,22 @@ def all_gather(x: Tensor, group: Group = None) -> Tensor:
     return whole
 
 
+def of_first(value: Any) -> Any:
+    """Return the first process's value; on the others `value` counts for nothing."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+def broadcast(x: Tensor) -> None:
+    """Overwrite `x` by the first process's."""
+    if world_size() > 1:
+        whole = x.contiguous()
+        dist.broadcast(whole, 0)
+        x.copy_(whole)
+
+
 def require_equal(value: int, what: str, device: torch.device, group: Group = None) -> None:
     """Check that the processes have the same `value`; on a GPU without waiting for the answer.
 

@@ -15,7 +15,6 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from barlow import distributed, features, files, model, probe, shards
 from barlow.params import Params
@@ -137,9 +136,14 @@ class Study:
 
 def shown(batches: Iterable[Batch], steps: int, what: str) -> Iterator[Batch]:
     """Pass batches on, with a bar in a terminal, else a line every ten seconds."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # here, so that a bare machine can train without it
+
+        yield from tqdm(batches, what, steps, leave=False, unit="step")
+        return
     said = time.monotonic()
-    for step, batch in enumerate(tqdm(batches, what, steps, leave=False, unit="step", disable=None), 1):
+    for step, batch in enumerate(batches, 1):
         yield batch
-        if not sys.stderr.isatty() and time.monotonic() - said > SECONDS:
+        if time.monotonic() - said > SECONDS:
             print(f"{what}: step {step}/{steps}", flush=True)
             said = time.monotonic()

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from barlow import files, params, strict
 from barlow.errors import UserError
 
@@ -24,6 +22,8 @@ def run(name: str) -> None:
     if name not in known:
         raise UserError(f"preset {name!r} is not in {FOLDER}/; there are: {', '.join(known) or 'none'}")
     params.load()
+    from ruamel.yaml import YAML  # here: `merge` needs no more than dicts
+
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 120
     yaml.indent(mapping=2, sequence=4, offset=2)

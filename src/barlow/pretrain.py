@@ -2,12 +2,14 @@
 
 Reads data/shards/pretrain-*.tar. Writes models/encoder.safetensors (the backbone), models/correlation.safetensors (a
 corner of C at the first, the middle and the last step), reports/pretrain.json and the curves in reports/pretrain/.
-While it runs, models/resume/ holds its checkpoints: started again after a crash it goes on from the last one.
+While it runs, a folder in models/resume holds its checkpoints: started again after a crash it goes on from the last.
 """
 
 from __future__ import annotations
 
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,15 +48,17 @@ def run(params: Params, dry_run: bool = False) -> None:
         distributed.stop()
 
 
-def train(params: Params, device: torch.device) -> None:
-    """Train in this process, one of `distributed.world_size()`."""
+def train(params: Params, device: torch.device, written: type[Curves] = Curves) -> None:
+    """Train in this process, one of `distributed.world_size()`; `written` keeps a row per epoch."""
     p, run = params.pretrain, Training(params, device)
     bf16 = model.computes_bf16(p.precision, device)
     chatty, start = distributed.rank() == 0, [plan.headline(run, bf16), run.resume()]
     if chatty:
+        for text in checkpoint.others(run.folder, run.identity):
+            print(f"warning: {text}", file=sys.stderr)
         print(*start, sep="\n", flush=True)
     run.views.build()
-    curves = Curves(run.history)
+    curves = written(run.history)
     saved = time.monotonic()
 
     with stop_signals() as stopping, Progress(run.step, run.epoch_steps, p.epochs, p.batch_size, chatty) as progress:
@@ -96,7 +100,7 @@ def finish(run: Training) -> None:
     whole = {"epochs": len(run.history), "seconds": sum(row["seconds"] for row in run.history)}
     where = {"hardware": machine.hardware(), "processes": distributed.world_size()}
     files.write_json(files.REPORTS / "pretrain.json", run.history[-1] | whole | where)
-    checkpoint.clear(checkpoint.FOLDER, run.fingerprint)
+    shutil.rmtree(run.folder, ignore_errors=True)
 
 
 def online_knn(run: Training, params: Params) -> dict[str, float]:

@@ -76,8 +76,8 @@ class Training:
             "pretrain": asdict(free),
             "data": self.views.digest,
         }
-        self.fingerprint = checkpoint.fingerprint(**self.identity)
-        self.writer = checkpoint.Writer()
+        self.folder = checkpoint.folder(self.identity | {"code": checkpoint.code()})
+        self.writer = checkpoint.Writer(self.folder)
 
     def rates(self, step: int) -> tuple[float, float]:
         """Return the learning rates of weights and of biases at a step."""
@@ -129,7 +129,7 @@ class Training:
             f"pretrain.trust_coefficient={self.p.trust_coefficient}, or raise "
             f"pretrain.warmup_epochs={self.p.warmup_epochs}; the batch was {', '.join(keys[:NAMED_KEYS])}"
             f"{f' and {len(keys) - NAMED_KEYS} more' if len(keys) > NAMED_KEYS else ''}; "
-            f"the last good checkpoint is {self.writer.newest(self.fingerprint) or 'none yet'}"
+            f"the last good checkpoint is {checkpoint.newest(self.folder) or 'none yet'}"
         )
 
     def figures(self, terms: Iterable[Tensor]) -> dict[str, float]:
@@ -142,7 +142,8 @@ class Training:
     def end_epoch(self, z: Tensor, measured: dict[str, float]) -> dict[str, float]:
         """Return the epoch's means and what was measured besides, and start the next; `z` are its last embeddings."""
         self.check_finite()
-        row = self.figures(self.sums / self.epoch_steps) | {"std": probe.spread(z.detach())}
+        row = self.figures(self.sums / self.epoch_steps)
+        row["std"] = probe.spread(distributed.all_gather(z.detach().float()))  # of the global batch
         row |= {"weight_norm": float(norm(self.weights + self.biases)), "gradient_norm": float(self.gradient_norm)}
         self.sums.zero_()
         self.history.append(row | measured)
@@ -158,28 +159,34 @@ class Training:
         self.check_finite()
         if distributed.rank() != 0:
             return
+        correlation = {f"correlation.{name}": value for name, value in self.correlation.items()}
+        metadata: dict[str, Any] = {"identity": self.identity, "world_size": distributed.world_size()}
+        metadata |= {"history": self.history.copy(), "views": self.views.state_dict()}
+        self.writer.save(self.step, self.state() | correlation, metadata)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that training changes, themselves and no copies."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         for i, w in enumerate(self.weights + self.biases):
-            tensors[f"momentum.{i}"] = self.optimizer.state[w]["momentum_buffer"]
-        tensors |= {"sums": self.sums, "finite_steps": self.finite_steps}
-        tensors |= {f"correlation.{name}": value for name, value in self.correlation.items()}
-        metadata: dict[str, Any] = {"fingerprint": self.fingerprint, "world_size": distributed.world_size()}
-        metadata |= {"history": self.history.copy(), "views": self.views.state_dict()}
-        self.writer.save(self.step, tensors, metadata)
+            tensors[f"momentum.{i}"] = self.optimizer.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+        return tensors | {"sums": self.sums, "finite_steps": self.finite_steps}
 
     def resume(self) -> str:
-        """Go on from the newest checkpoint of this run and say so, or say that there is none."""
-        found = checkpoint.latest(checkpoint.FOLDER, self.fingerprint)
-        if found is None:
+        """Go on from the newest checkpoint of this run and say so, or say that there is none.
+
+        The first process looks, and all take what it found: another's disk may hold other checkpoints, or none.
+        """
+        found = checkpoint.latest(self.folder) if distributed.rank() == 0 else None
+        tensors, metadata = found or ({}, None)
+        metadata, self.correlation = distributed.of_first((metadata, _part(tensors, "correlation.")))
+        if metadata is None:
             return "from the start"
-        tensors, metadata = found
+        with torch.no_grad():
+            for name, tensor in self.state().items():
+                if found:
+                    tensor.copy_(tensors[name])
+                distributed.broadcast(tensor)
         self.step, self.history = metadata["step"], metadata["history"]
-        self.network.load_state_dict(_part(tensors, "network."))
-        for i, w in enumerate(self.weights + self.biases):
-            self.optimizer.state[w]["momentum_buffer"] = tensors[f"momentum.{i}"].to(w.device)
-        self.sums.copy_(tensors["sums"])
-        self.finite_steps.copy_(tensors["finite_steps"])
-        self.correlation = _part(tensors, "correlation.")
         self.views.load_state_dict(metadata["views"])
         before, now = metadata["world_size"], distributed.world_size()
         same = f"; {now} process(es) and not {before}: the same batches of {self.p.batch_size}, other rounding"
