@@ -36,6 +36,9 @@ test: .venv/installed system ## check, then run every test
 	$(MAKE) --no-print-directory check
 	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+soak: .venv/installed system ## the longer proofs, which make test leaves out
+	python -m pytest -m soak
+
 check: .venv/installed ## format, lint and types; changes nothing
 	ruff format --check
 	ruff check
@@ -50,6 +53,9 @@ bench: .venv/installed ## run benchmarks/, each a ratio to what a user would pic
 
 seeds: .venv/installed ## the headline figures for three seeds, on the shards of the last repro (about 10 minutes)
 	python benchmarks/seeds.py
+
+gpu: .venv/installed ## everything that wants a GPU, in one run that goes on where it stopped: make gpu CIFAR=archive MINUTES=10
+	python benchmarks/gpu.py --minutes $(or $(MINUTES),30) $(if $(CIFAR),--cifar $(CIFAR)) $(if $(PHOTOS),--photos $(PHOTOS))
 
 record: .venv/installed ## keep the figures of the last repro as those that README.md shows
 	python benchmarks/record.py
@@ -74,4 +80,4 @@ clean: ## remove the environment and what the stages wrote; no image folder of y
 	  data/quarantine* data/features models/*.onnx models/*.safetensors models/resume models/reduced models/triton models/index \
 	  reports/pretrain reports/data_docs reports/*.html reports/*.csv
 
-.PHONY: help system setup lock repro test check bench seeds record claims serve flows clean
+.PHONY: help system setup lock repro test soak check bench seeds gpu record claims serve flows clean
