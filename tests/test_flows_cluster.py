@@ -67,12 +67,16 @@ def test_slurm_pretrains_on_all_nodes_and_hands_over(reproduced, tmp_path):
     assert ran(run(project, "dvc", "repro")) == []
 
 
-@pytest.mark.parametrize(("checkpoints", "restarts", "again"), [(1, "0", True), (0, "0", False), (1, "20", False)])
-def test_slurm_queues_an_interrupted_job_again(tmp_path, checkpoints, restarts, again):
-    (tmp_path / "models/resume").mkdir(parents=True)
-    for i in range(checkpoints):
-        (tmp_path / f"models/resume/{i}.ckpt").touch()
-    nothing = dict.fromkeys(["barlow", "dvc"], "exit 0")
-    assert slurm(tmp_path, STAND_INS | nothing, SRUN_CODE="1", SLURM_RESTART_COUNT=restarts) == 1
+@pytest.mark.parametrize(("written", "restarts", "again"), [(True, "0", True), (False, "0", False), (True, "20", False)])
+def test_slurm_queues_a_job_again_that_wrote_a_checkpoint(tmp_path, written, restarts, again):
+    """Not one that did not: another run's checkpoint lies there from before."""
+    for run in ("older", "this"):
+        (tmp_path / f"models/resume/{run}").mkdir(parents=True)
+    (tmp_path / "models/resume/older/step-000000001.safetensors").touch()
+    os.utime(tmp_path / "models/resume/older/step-000000001.safetensors", (1, 1))
+    stand_ins = STAND_INS | dict.fromkeys(["barlow", "dvc"], "exit 0")
+    if written:
+        stand_ins["srun"] = f"touch models/resume/this/step-000000002.safetensors\n{STAND_INS['srun']}"
+    assert slurm(tmp_path, stand_ins, SRUN_CODE="1", SLURM_RESTART_COUNT=restarts) == 1
     assert (tmp_path / "scontrol.txt").exists() is again
     assert not (tmp_path / "prefect.txt").exists()

@@ -12,10 +12,13 @@ if [ "$remote" ]; then dvc pull --allow-missing; fi
 barlow scan
 for stage in ingest validate shard; do dvc repro --single-item "$stage"; done
 
+begun=$(mktemp)
+trap 'rm -f "$begun"' EXIT
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 if ! srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
   --rdzv-backend c10d --rdzv-endpoint "${nodes[0]}:${RDZV_PORT:-29400}" --rdzv-id "$SLURM_JOB_ID" -m barlow.cli pretrain; then
-  if [ -n "$(ls -A models/resume 2>/dev/null)" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
+  # Not where this job wrote none: what lies there is of other runs, or nothing was gained.
+  if [ -n "$(find models/resume -name 'step-*' -newer "$begun" 2>/dev/null)" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
     scontrol requeue "$SLURM_JOB_ID"
   fi
   exit 1
