@@ -7,15 +7,64 @@ export DO_NOT_TRACK := 1
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
+UV := uv==0.13.9
+# with WHEELHOUSE=folder, everything comes from there; --isolated ignores the indexes in pip's settings, --offline in uv's
+LOCAL = $(if $(WHEELHOUSE),$(1) --no-index --find-links .venv/wheels)
 # uv reads the lock and installs it in parallel; the stamp is written last, so an interrupted install starts again.
 .venv/installed: requirements.lock pyproject.toml
+	$(if $(WHEELHOUSE),$(CHECK))
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
-	.venv/bin/uv pip sync --quiet --compile-bytecode --python .venv/bin/python --require-hashes requirements.lock
-	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
+	$(if $(WHEELHOUSE),$(JOIN))
+	.venv/bin/pip install --quiet --disable-pip-version-check $(call LOCAL,--isolated) $(UV)
+	.venv/bin/uv pip sync --quiet --compile-bytecode --python .venv/bin/python $(call LOCAL,--offline) \
+	  --require-hashes requirements.lock
+	.venv/bin/uv pip install --quiet --python .venv/bin/python $(call LOCAL,--offline) --no-deps \
+	  --no-build-isolation --editable .
+	rm -rf .venv/wheels
 	touch $@
 
-setup: .venv/installed ## build .venv from requirements.lock
+setup: .venv/installed ## build .venv from requirements.lock; WHEELHOUSE=folder needs no network
+
+# With WHEELHOUSE: refuse a file that is missing or damaged, one line each, and wheels for another Python or lock.
+MADE_FOR = $$($(PYTHON) --version | cut -d. -f-2), requirements.lock $$(sha256sum < requirements.lock | cut -c-12)
+define CHECK
+@bad=$$(cd "$(WHEELHOUSE)" && LC_ALL=C sha256sum --check --strict --quiet SHA256SUMS 2>/dev/null) \
+  || { echo "$${bad:-SHA256SUMS is missing or damaged}" | sed 's|: FAILED open or read$$| is missing|; s|: FAILED$$| is damaged|; \
+    s|.*|$(WHEELHOUSE)/&: copy it again from where make wheelhouse ran|' >&2; exit 2; }
+@made=$$(cat "$(WHEELHOUSE)/MADE_FOR"); [ "$$made" = "$(MADE_FOR)" ] \
+  || { echo "$(WHEELHOUSE) is for $$made, and this is $(MADE_FOR):" \
+    "make it again with this lock and this Python, or name another Python by PYTHON=" >&2; exit 2; }
+endef
+# A part is a piece of one tar.
+define JOIN
+rm -rf .venv/wheels
+@if [ -e "$(WHEELHOUSE)/part-0000" ]; then mkdir .venv/wheels && cat "$(WHEELHOUSE)"/part-* | tar -xC .venv/wheels; \
+  else ln -s "$$(realpath "$(WHEELHOUSE)")" .venv/wheels; fi
+endef
+
+# FOLDER appears when it is complete. Markers that tell 3.x.y from 3.x.z are cut out, so that the wheels are for any 3.x.y.
+wheelhouse: FOLDER = $(patsubst %/,%,$(or $(WHEELHOUSE),wheelhouse))
+wheelhouse: NEW = $(FOLDER).new
+wheelhouse: GET = TMPDIR="$$(realpath "$(NEW)")" "$(NEW)/pip/bin/pip" download --disable-pip-version-check --no-deps \
+  --dest "$(NEW)/wheels"
+wheelhouse: ## download what setup needs into WHEELHOUSE=folder, for this Python 3.x; PART_MB=48 cuts it into parts
+	@[ ! -e "$(FOLDER)" ] || { echo "$(FOLDER) exists: delete it, or name another folder by WHEELHOUSE=" >&2; exit 2; }
+	rm -rf "$(NEW)"
+	$(PYTHON) -m venv "$(NEW)/pip"
+	$(GET) $(UV)
+	sed -E "s/python_full_version [<>=!]+ '[0-9]+\.[0-9]+\.[0-9]+' and //" requirements.lock \
+	  | $(GET) --require-hashes --requirement /dev/stdin
+	$(if $(PART_MB),$(CUT))
+	echo "$(MADE_FOR)" > "$(NEW)/wheels/MADE_FOR"
+	cd "$(NEW)/wheels" && sha256sum * > ../SHA256SUMS && mv ../SHA256SUMS .
+	mv "$(NEW)/wheels" "$(FOLDER)"
+	rm -rf "$(NEW)"
+define CUT
+tar -C "$(NEW)/wheels" -cf "$(NEW)/tar" .
+rm "$(NEW)/wheels"/*
+split --bytes $(PART_MB)MB --numeric-suffixes --suffix-length 4 "$(NEW)/tar" "$(NEW)/wheels/part-"
+rm "$(NEW)/tar"
+endef
 
 LOCK = uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-header --no-emit-index-url \
   --no-emit-find-links pyproject.toml
@@ -80,4 +129,4 @@ clean: ## remove the environment and what the stages wrote; no image folder of y
 	  data/quarantine* data/features models/*.onnx models/*.safetensors models/resume models/reduced models/triton models/index \
 	  reports/pretrain reports/data_docs reports/*.html reports/*.csv
 
-.PHONY: help system setup lock repro test soak check bench seeds gpu record claims serve flows clean
+.PHONY: help system setup lock repro test soak check bench seeds gpu record claims serve flows clean wheelhouse
