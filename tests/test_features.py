@@ -1,4 +1,8 @@
+import dataclasses
 import io
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -96,6 +100,67 @@ def test_knn_on_val_needs_labels_in_both(encoder, project, small_shards, split):
 def test_knn_on_val_without_the_splits(encoder, project):
     (project / "data/shards").unlink()
     assert features.knn_on_val(encoder, CPU) == {}
+
+
+WORKER = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from barlow import distributed, features, images, model
+
+decode, decoded = images.decode, []
+images.decode = lambda data: decoded.append(1) or decode(data)
+
+def work(rank):
+    os.environ["RANK"] = str(rank)
+    distributed.start("cpu")
+    found = []
+    for folder in sys.argv[1:]:
+        os.chdir(folder)
+        decoded.clear()
+        accuracy = features.knn_on_val(model.load_encoder()[0], torch.device("cpu"))
+        found.append([accuracy, len(decoded)])
+    for n in (5, 4, 1):
+        rows = torch.arange(2 * n).reshape(n, 2)
+        assert torch.equal(features.gathered(rows[rank::2], n), rows)
+    everyone = [None, None]
+    dist.all_gather_object(everyone, found)
+    if rank == 0:
+        print(json.dumps(everyone))
+    distributed.stop()
+
+torch.set_num_threads(1)
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE="2")
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+torch.multiprocessing.start_processes(work, nprocs=2, start_method="fork")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images_and_find_what_one_does(encoder, smoke, small_shards, tmp_path, monkeypatch):
+    """As many images for each; not as many, beside images without a label; for one process none; no labels."""
+    identity = {"model": dataclasses.asdict(smoke.model), "views": dataclasses.asdict(smoke.views)}
+    expected, folders = [], []
+    for train, val in ((60, 30), (57, 29), (60, 1), (60, 0)):
+        folders.append(tmp_path / f"{train} {val}")
+        folders[-1].mkdir()
+        monkeypatch.chdir(folders[-1])
+        for split, n in {"train": train, "val": val}.items():
+            samples = enumerate(shards.read(shards.tars(split, small_shards)))
+            labelled = (sample._replace(label=sample.label if i < n else -1) for i, sample in samples)
+            shards.write(files.SHARDS / f"{split}-000000.tar", labelled)
+        files.write_json(files.SHARDS / shards.CLASSES, shards.classes(small_shards))
+        model.save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
+        expected.append(features.knn_on_val(encoder, CPU))
+    assert [len(accuracy) for accuracy in expected] == [1, 1, 1, 0]
+    command = [sys.executable, "-c", WORKER, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = json.loads(done.stdout)
+    assert [accuracy for accuracy, _ in first] == [accuracy for accuracy, _ in second] == expected
+    assert [decoded for _, decoded in first] == [30 + 15, 29 + 15, 30 + 1, 30]
+    assert [decoded for _, decoded in second] == [30 + 15, 28 + 14, 30, 30]
 
 
 def test_what_is_kept_is_read_again(project):

@@ -11,6 +11,7 @@ import threading
 from concurrent import futures
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 import yaml
 from sklearn.neighbors import KNeighborsClassifier
 
-from barlow import checkpoint, curves, files, images, model, pretrain, shards
+from barlow import checkpoint, curves, distributed, features, files, images, model, pretrain, shards
 from barlow.errors import Interrupted, UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,6 +196,15 @@ def test_knn_while_it_trains(project, smoke, change, undisturbed, capsys):
     knn = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.1))
     expected = 100 * knn.fit(features[0], labels[0]).score(features[1], labels[1])
     assert report["knn_val_top1"] == pytest.approx(expected)
+
+
+def test_every_process_takes_part_in_knn(smoke, change, monkeypatch):
+    """Those that do not would wait in the next step's collective, which gives up after a while."""
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(features, "knn_on_val", lambda encoder, device: {"knn_val_top1": 50.0})
+    network = model.BarlowTwins(smoke.model)
+    run = SimpleNamespace(step=3, epoch_steps=3, network=network, device=torch.device("cpu"))
+    assert pretrain.online_knn(run, change(smoke, "pretrain", knn_epochs=1)) == {"knn_val_top1": 50.0}
 
 
 def test_knn_every_other_epoch(project, smoke, change):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from math import ceil
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from barlow import files, images, model, probe, shards
+from barlow import distributed, files, images, model, probe, shards
 from barlow.errors import UserError
 
 CHUNK = 256  # images decoded and embedded at a time
@@ -93,9 +94,27 @@ def load(encoder: str, name: str) -> Split:
 
 
 def knn_on_val(encoder: model.FrozenEncoder, device: torch.device) -> dict[str, float]:
-    """Return `knn_val_top1`, in percent, of val against train; nothing where one of them has no labels."""
-    train, val = (embed(encoder, labelled(split), device) for split in ("train", "val"))
-    if not train.keys or not val.keys:
+    """Return `knn_val_top1`, in percent, of val against train; nothing where one of them has no labels.
+
+    All processes take part, each with its share of the images, and return what one process alone would.
+    """
+    rank, world = distributed.rank(), distributed.world_size()
+    # Every process reads all files, since the labels lie between them; what takes long, it does for its own.
+    train, val = (embed(encoder, islice(labelled(split), rank, None, world), device) for split in ("train", "val"))
+    n_train, n_val = (int(distributed.all_reduce(torch.tensor(len(split.keys)))) for split in (train, val))
+    if not n_train or not n_val:
         return {}
-    scores = probe.knn(val.features, train.features, train.labels, len(shards.classes()), *KNN)
-    return {"knn_val_top1": probe.accuracy(scores.argmax(1), val.labels)}
+    bank, labels = gathered(train.features, n_train), gathered(train.labels, n_train)
+    scores = probe.knn(val.features, bank, labels, len(shards.classes()), *KNN)
+    found, wanted = gathered(scores.argmax(1), n_val), gathered(val.labels, n_val)
+    return {"knn_val_top1": probe.accuracy(found, wanted)}
+
+
+def gathered(part: Tensor, n: int) -> Tensor:
+    """Return all `n` rows in their order, of which process i has those numbered i, i + world_size, ..."""
+    world = distributed.world_size()
+    if world == 1:
+        return part
+    padded = part.new_zeros(ceil(n / world), *part.shape[1:])  # the collective wants as many of each process
+    padded[: len(part)] = part
+    return distributed.all_gather(padded).reshape(world, *padded.shape).transpose(0, 1).flatten(0, 1)[:n]

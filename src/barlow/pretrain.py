@@ -104,9 +104,9 @@ def finish(run: Training) -> None:
 
 
 def online_knn(run: Training, params: Params) -> dict[str, float]:
-    """Return the kNN accuracy on val, every `pretrain.knn_epochs` epochs where there are labels, on one process."""
+    """Return the kNN accuracy on val, every `pretrain.knn_epochs` epochs where there are labels; from all processes."""
     every, epoch = params.pretrain.knn_epochs, run.step // run.epoch_steps
-    if every is None or epoch % every or distributed.rank() != 0:
+    if every is None or epoch % every:
         return {}
     encoder = model.FrozenEncoder(params.model, params.views).to(run.device)
     encoder.backbone.load_state_dict(run.network.backbone.state_dict())
