@@ -67,11 +67,13 @@ def test_slurm_pretrains_on_all_nodes_and_hands_over(reproduced, tmp_path):
     assert ran(run(project, "dvc", "repro")) == []
 
 
-@pytest.mark.parametrize(("written", "restarts", "again"), [(True, "0", True), (False, "0", False), (True, "20", False)])
+@pytest.mark.parametrize(
+    ("written", "restarts", "again"), [(True, "0", True), (False, "0", False), (True, "20", False)]
+)
 def test_slurm_queues_a_job_again_that_wrote_a_checkpoint(tmp_path, written, restarts, again):
     """Not one that did not: another run's checkpoint lies there from before."""
-    for run in ("older", "this"):
-        (tmp_path / f"models/resume/{run}").mkdir(parents=True)
+    for folder in ("older", "this"):
+        (tmp_path / f"models/resume/{folder}").mkdir(parents=True)
     (tmp_path / "models/resume/older/step-000000001.safetensors").touch()
     os.utime(tmp_path / "models/resume/older/step-000000001.safetensors", (1, 1))
     stand_ins = STAND_INS | dict.fromkeys(["barlow", "dvc"], "exit 0")

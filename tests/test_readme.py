@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from serving import encoded, start
 
 from barlow import summary
@@ -65,6 +66,17 @@ def test_python(service, monkeypatch, indexed):
     [program] = [block for block in blocks("python") if "barlow.encoder" in block]
     exec(program, names)
     assert names["vectors"] == pytest.approx(Encoder("models/encoder.onnx").embed(["a.jpg", "b.png"]))
+
+
+def test_the_rates_for_images_of_ones_own_are_a_tenth_of_the_defaults():
+    """As the comment on `data.source` has them too."""
+    [block] = [yaml.safe_load(block) for block in blocks("yaml") if "lr_weights" in block]
+    text = (ROOT / "params.yaml").read_text()
+    defaults = yaml.safe_load(text)["pretrain"]
+    assert block == {"pretrain": {name: pytest.approx(defaults[name] / 10) for name in ("lr_weights", "lr_biases")}}
+    before = text[: text.index("  source: synthetic")]
+    for name, value in block["pretrain"].items():
+        assert f"pretrain.{name}: {value}" in before
 
 
 def recorded(name):
