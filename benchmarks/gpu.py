@@ -725,8 +725,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     from barlow import distributed
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here; --device cpu --tiny rehearses the steps")
     device = distributed.local_device(options.device)
     out = options.out.resolve()
+    for name in ("cifar", "photos"):
+        if (path := getattr(options, name)) is not None and not path.exists():
+            parser.error(f"--{name} {path} is not there")
+    if unknown := [name for name in options.steps.split(",") if not any(s.startswith(name) for s in STEPS)]:
+        parser.error(f"--steps {','.join(unknown)}: the steps are {', '.join(STEPS)}")
     resolved = [path and path.resolve() for path in (options.cifar, options.photos)]
     bench = Bench(device, out, options.tiny, *resolved, time.monotonic() + 60 * options.minutes)
     record, results = out / "gpu.json", dict[str, Any]()

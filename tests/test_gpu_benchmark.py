@@ -87,6 +87,22 @@ def test_a_missed_bound_is_told_and_makes_it_fail(gpu, tmp_path, monkeypatch, ca
     assert run(gpu, tmp_path, "--steps", "slow") == 1  # a result that is there, and still missed
 
 
+def test_without_a_gpu_it_says_so(gpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        gpu.main(["--out", str(tmp_path)])
+    assert error.value.code == 2
+    assert "PyTorch sees no GPU here; --device cpu --tiny rehearses the steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["cifar", "photos"])
+def test_a_path_that_is_not_there_is_named(gpu, tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as error:
+        run(gpu, tmp_path, f"--{option}", str(tmp_path / "none"))
+    assert error.value.code == 2
+    assert f"--{option} {tmp_path / 'none'} is not there" in capsys.readouterr().err
+
+
 @pytest.mark.soak
 def test_the_whole_of_it_on_the_cpu(tmp_path):
     """Every step, in sizes that prove nothing; the second call has nothing left to do."""
