@@ -36,7 +36,7 @@ def test_what_changed_is_printed_and_comments_stay(capsys):
     before = comments()
     preset.run("cifar10")
     out = capsys.readouterr().out
-    assert "pretrain.epochs: 8 -> 1000" in out
+    assert "pretrain.epochs: 6 -> 1000" in out
     assert "data.source: synthetic -> torchvision:CIFAR10" in out
     assert comments() == before
     assert "max_side: null" in Path("params.yaml").read_text()
