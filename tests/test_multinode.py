@@ -46,7 +46,7 @@ def losses(folder):
     return [float(line.split("\t")[1]) for line in (folder / "loss.tsv").read_text().splitlines()[1:]]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_hosts_train_as_one_process_does(project, smoke, change, hosts):
     # At this rate the losses of one thread and of two differ by 2e-6 after 6 steps, at the preset's own by 2e-4.
     params = change(smoke, "pretrain", precision="fp32", epochs=2, lr_weights=0.02, lr_biases=0.0005)

@@ -379,7 +379,7 @@ def ranks(params, folders):
     return said
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("holder", [0, 1])
 def test_all_processes_go_on_from_what_the_first_found(
     project, gentle, gentle_losses, tmp_path, small_shards, monkeypatch, holder
@@ -400,7 +400,7 @@ def test_all_processes_go_on_from_what_the_first_found(
     assert_close(curve("loss"), gentle_losses)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_at_random_points_it_ends_with_the_same_weights(project, smoke, change):
     params = change(smoke, "pretrain", epochs=4, checkpoint_steps=2)
     Path("params.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(params)))))
