@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rounds import seconds
 
-from barlow import machine
+from barlow.core import machine
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 3

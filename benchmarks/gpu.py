@@ -32,27 +32,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from barlow import (
-    distort,
-    extract,
-    features,
-    files,
-    finetune,
-    machine,
-    model,
-    params,
-    preset,
-    pretrain,
-    probe,
-    shards,
-    strict,
-    synthetic,
-    views,
-)
-from barlow.errors import Interrupted
-from barlow.lars import LARS
-from barlow.loss import barlow_twins_loss
-from barlow.training import Training
+from barlow import extract, finetune, preset, pretrain
+from barlow.core import files, machine, webdataset
+from barlow.core.errors import Interrupted
+from barlow.data import synthetic
+from barlow.evaluation import features, probe
+from barlow.settings import params, strict
+from barlow.training import distort, model, views
+from barlow.training.loss import barlow_twins_loss
+from barlow.training.optim import LARS
+from barlow.training.state import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 KNN = (200, 0.1)  # k and temperature, as lightly's CIFAR-10 benchmark has them
@@ -160,23 +149,23 @@ def photographs(bench: Bench, n: int, side: int) -> list[bytes]:
 def write_shard(split: str, samples: Iterator[tuple[bytes, int]]) -> None:
     """Write one tar of images that PIL finds the sides of."""
 
-    def complete() -> Iterator[shards.Sample]:
+    def complete() -> Iterator[webdataset.Sample]:
         for i, (data, label) in enumerate(samples):
             width, height = Image.open(io.BytesIO(data)).size
-            yield shards.Sample(f"{split}{i:08d}", data, "jpg", label, height, width)
+            yield webdataset.Sample(f"{split}{i:08d}", data, "jpg", label, height, width)
 
-    shards.write(files.SHARDS / f"{split}-000000.tar", complete())
+    webdataset.write(files.SHARDS / f"{split}-000000.tar", complete())
 
 
 def surfaces(bench: Bench, side: int = 32) -> None:
     """Write shards of drawn images, if they are not there: 2,048 to pretrain on and a few labelled ones."""
     families = list(synthetic.FAMILIES)[:4]
     for split, n in {"pretrain": 256 if bench.tiny else 2048, "train": 80, "val": 40, "test": 40}.items():
-        if not shards.tars(split):
+        if not webdataset.tars(split):
             rngs = (np.random.default_rng([len(split), i]) for i in range(n))
             drawn = (jpeg(synthetic.surface(families[i % 4], side, rng)) for i, rng in enumerate(rngs))
             write_shard(split, ((data, -1 if split == "pretrain" else i % 4) for i, data in enumerate(drawn)))
-    files.write_json(files.SHARDS / shards.CLASSES, families)
+    files.write_json(files.SHARDS / webdataset.CLASSES, families)
 
 
 def cifar(bench: Bench) -> None:
@@ -184,7 +173,7 @@ def cifar(bench: Bench) -> None:
     if bench.cifar is None:
         surfaces(bench)
         return
-    if shards.tars("val"):
+    if webdataset.tars("val"):
         return
     found: dict[str, list[tuple[bytes, str]]] = {"train": [], "test": []}
     with tarfile.open(bench.cifar) as archive:
@@ -197,7 +186,7 @@ def cifar(bench: Bench) -> None:
         ordered = [images[i] for i in np.random.default_rng(0).permutation(len(images))]
         labels = (-1 if split == "pretrain" else classes.index(label) for _, label in ordered)
         write_shard(split, zip((data for data, _ in ordered), labels, strict=True))
-    files.write_json(files.SHARDS / shards.CLASSES, classes)
+    files.write_json(files.SHARDS / webdataset.CLASSES, classes)
 
 
 # --- right
@@ -251,11 +240,11 @@ def right_views(bench: Bench) -> Iterator[Figure]:
     """Whole views of photographs on the device against the CPU, the same distortions drawn."""
     bench.project("photographs")
     p, n = settings(bench), 16 if bench.tiny else 64
-    if not shards.tars("pretrain"):
+    if not webdataset.tars("pretrain"):
         write_shard("pretrain", ((data, -1) for data in photographs(bench, n, 320)))
     pairs = []
     for device in (None, bench.gpu):
-        twins = views.TwinViews(shards.tars("pretrain"), p.views, n, 0, device_id=device)
+        twins = views.TwinViews(webdataset.tars("pretrain"), p.views, n, 0, device_id=device)
         pairs.append(torch.cat([view.cpu() for view in next(iter(twins))]))
     std = 255 * torch.tensor(p.views.std).view(1, 3, 1, 1)
     difference = ((pairs[0] - pairs[1]) * std).abs()
@@ -374,7 +363,7 @@ def right_stages(bench: Bench) -> Iterator[Figure]:
     cosine = torch.nn.functional.cosine_similarity(found, expected).min()
     yield Figure("features on the device: least cosine", float(cosine), "", (0.9999, None))
     large = np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), dtype=np.uint8)
-    huge = [shards.Sample("huge", jpeg(large), "jpg", 0, 3000, 4000)]
+    huge = [webdataset.Sample("huge", jpeg(large), "jpg", 0, 3000, 4000)]
     both = [features.embed(encoder.to(d), iter(huge), torch.device(d)).features for d in ("cpu", str(bench.device))]
     yield Figure("a 4000 x 3000 image: cosine", float(torch.nn.functional.cosine_similarity(*both)), "", (0.9999, None))
     finetune.run(
@@ -397,12 +386,13 @@ def right_export(bench: Bench) -> Iterator[Figure]:
     if not files.ENCODER.exists():
         train(bench, settings(bench, batch_size=64, epochs=1))
     pictures = [
-        np.asarray(Image.open(io.BytesIO(s.data))) for s in itertools.islice(shards.read(shards.tars("val")), 16)
+        np.asarray(Image.open(io.BytesIO(s.data)))
+        for s in itertools.islice(webdataset.read(webdataset.tars("val")), 16)
     ]
     encoder = model.load_encoder()[0]
     exported = export.Exported(encoder, {}).eval()
     export.write(exported, {"space": "gpu", "classes": "[]"}, settings(bench).export.opset, Path("encoder.onnx"))
-    from barlow.encoder import Encoder
+    from barlow.encoder.encoder import Encoder
 
     found = torch.from_numpy(Encoder("encoder.onnx").embed(pictures))
     with torch.inference_mode():
@@ -414,7 +404,7 @@ def right_export(bench: Bench) -> Iterator[Figure]:
 
 def rank(number: int, world: int, port: int, device: str, p: params.Params, folder: str) -> None:
     """Be one of several processes that train in a folder."""
-    from barlow import distributed
+    from barlow.training import distributed
 
     os.environ |= {
         "RANK": str(number),
@@ -483,7 +473,7 @@ def steps_of(bench: Bench, p: params.Params, steps: int, cpu_views: bool = False
     """Train for some steps after a few that warm up; return the run, the seconds per step and where they went."""
     run = Training(p, bench.device)
     if cpu_views:
-        run.views = views.TwinViews(shards.tars("pretrain"), p.views, p.pretrain.batch_size, 0)
+        run.views = views.TwinViews(webdataset.tars("pretrain"), p.views, p.pretrain.batch_size, 0)
     bf16 = model.computes_bf16(p.pretrain.precision, bench.device)
     endless = itertools.chain.from_iterable(itertools.repeat(run.views))
     clock = Clock(bench)
@@ -582,7 +572,7 @@ def fast_resnet50(bench: Bench) -> Iterator[Figure]:
     """ResNet-50, 224 px, projector 8192-8192-8192."""
     bench.project("photographs-224")
     side, n = (64, 64) if bench.tiny else (320, 1024)
-    if not shards.tars("pretrain"):
+    if not webdataset.tars("pretrain"):
         drawn = photographs(bench, 64, side)
         write_shard("pretrain", ((data, -1) for data in itertools.islice(itertools.cycle(drawn), n)))
     p = settings(bench, "imagenet", batch_size=16 if bench.tiny else 256)
@@ -594,10 +584,10 @@ def fast_views(bench: Bench) -> Iterator[Figure]:
     """DALI alone."""
     for name in ("cifar", "photographs-224"):
         bench.project(name)
-        if not shards.tars("pretrain"):
+        if not webdataset.tars("pretrain"):
             continue
         p = settings(bench, "cifar10" if name == "cifar" else "imagenet", batch_size=32 if bench.tiny else 256)
-        twins = views.TwinViews(shards.tars("pretrain"), p.views, p.pretrain.batch_size, 0, device_id=bench.gpu)
+        twins = views.TwinViews(webdataset.tars("pretrain"), p.views, p.pretrain.batch_size, 0, device_id=bench.gpu)
         endless = itertools.chain.from_iterable(itertools.repeat(twins))
         seconds = bench.seconds(lambda endless=endless: next(endless), 3 if bench.tiny else 50)
         yield Figure(f"DALI alone, {p.views.size} px", p.pretrain.batch_size / seconds, "pairs/s")
@@ -660,7 +650,7 @@ def knn(bench: Bench) -> Callable[[Training, params.Params], dict[str, float]]:
                 for split, (pixels, _) in held.items()
             }
             labels = {split: each.to(run.device) for split, (_, each) in held.items()}
-            scores = probe.knn(found["val"], found["train"], labels["train"], len(shards.classes()), *KNN)
+            scores = probe.knn(found["val"], found["train"], labels["train"], len(webdataset.classes()), *KNN)
         return {"knn_val_top1": probe.accuracy(scores.argmax(1), labels["val"])}
 
     return accuracy
@@ -723,7 +713,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--photos", type=Path, help="folder of JPEG photographs; else drawn images")
     parser.add_argument("--tiny", action="store_true", help="sizes that prove nothing, to rehearse")
     options = parser.parse_args(arguments)
-    from barlow import distributed
+    from barlow.training import distributed
 
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here; --device cpu --tiny rehearses the steps")

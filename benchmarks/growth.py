@@ -18,7 +18,7 @@ import rounds
 import yaml
 from PIL import Image
 
-from barlow import machine
+from barlow.core import machine
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("ingest", "validate", "shard")

@@ -16,9 +16,13 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from barlow import evaluate, extract, features, ingest, machine, model, params, shard, shards, strict, validate
-from barlow.loss import barlow_twins_loss
-from barlow.training import Training
+from barlow import evaluate, extract, ingest, shard, validate
+from barlow.core import machine, webdataset
+from barlow.evaluation import features
+from barlow.settings import params, strict
+from barlow.training import model
+from barlow.training.loss import barlow_twins_loss
+from barlow.training.state import Training
 
 EACH = {"train": 1000, "test": 200}  # images of a class
 EPOCHS = (2, 5, 10)  # after which a run is looked at
@@ -61,7 +65,7 @@ def look(backbone: torch.nn.Module, p: params.Params) -> dict[str, float]:
     encoder.backbone.load_state_dict(backbone.state_dict())
     splits = {name: features.embed(encoder, features.labelled(name), CPU) for name in ("train", "val", "test")}
     features.save("pretrained", splits | extract.health(encoder, p, CPU))
-    return evaluate.score(splits, len(shards.classes()), p.evaluate).metrics | evaluate.health("pretrained")
+    return evaluate.score(splits, len(webdataset.classes()), p.evaluate).metrics | evaluate.health("pretrained")
 
 
 def checkpoints(name: str, p: params.Params, common: params.Params):

@@ -13,8 +13,9 @@ from unittest import mock
 import rounds
 import torch
 
-from barlow import loss, machine
-from barlow.loss import barlow_twins_loss
+from barlow.core import machine
+from barlow.training import loss
+from barlow.training.loss import barlow_twins_loss
 
 
 def paper_loss(z_a, z_b, lambd):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from barlow import params
+from barlow.settings import params
 
 
 def transform(views: params.Views, view: int) -> transforms.Compose:

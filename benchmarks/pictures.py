@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from barlow import shards
+from barlow.core import webdataset
 from barlow.shard import shrunk
 
 
@@ -29,12 +29,12 @@ def files(folder: Path, n: int, height: int, width: int) -> list[Path]:
 def shard(paths: list[Path], tar: Path, max_side: int | None = None) -> list[Path]:
     """Pack files into one tar, shrunk as the stage `shard` does it."""
 
-    def sample(i: int, path: Path) -> shards.Sample:
+    def sample(i: int, path: Path) -> webdataset.Sample:
         data = path.read_bytes()
         width, height = Image.open(path).size
         if max_side is not None and max(width, height) > max_side:
             data, (width, height) = shrunk(data, max_side)
-        return shards.Sample(f"{i:024x}", data, "jpg", -1, height, width)
+        return webdataset.Sample(f"{i:024x}", data, "jpg", -1, height, width)
 
-    shards.write(tar, (sample(i, path) for i, path in enumerate(paths)))
+    webdataset.write(tar, (sample(i, path) for i, path in enumerate(paths)))
     return [tar]

@@ -18,8 +18,12 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # torch's threads would spin on, and 
 import torch
 from rounds import seconds
 
-from barlow import export, files, machine, model, params, quantize
-from barlow.encoder import Encoder
+from barlow import export
+from barlow.core import files, machine
+from barlow.encoder import quantize
+from barlow.encoder.encoder import Encoder
+from barlow.settings import params
+from barlow.training import model
 
 ROUNDS = 7
 BATCHES = (1, 16, 64)

@@ -8,7 +8,8 @@ import os
 import re
 from pathlib import Path
 
-from barlow import files, machine, summary
+from barlow import summary
+from barlow.core import files, machine
 
 README, RECORD = Path("README.md"), Path("benchmarks/default_run.json")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from barlow import files, machine
+from barlow.core import files, machine
 
 SEEDS = (0, 1, 2)
 NAMES = [f"{prefix}{name}_top1" for name in ("linear", "knn") for prefix in ("", "random_")]

@@ -31,9 +31,14 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from barlow import export, files, machine, model, params, quantize, synthetic
-from barlow.encoder import Encoder
-from barlow.images import decode
+from barlow import export
+from barlow.core import files, machine
+from barlow.core.images import decode
+from barlow.data import synthetic
+from barlow.encoder import quantize
+from barlow.encoder.encoder import Encoder
+from barlow.settings import params
+from barlow.training import model
 
 HERE = Path(__file__).parent
 ROUNDS = 3

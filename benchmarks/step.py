@@ -24,7 +24,8 @@ STEPS, ROUNDS, BATCH = 4, 5, 128
 
 def settings():
     """Return params.yaml with the preset cifar10 and a batch of 128."""
-    from barlow import params, preset, strict
+    from barlow import preset
+    from barlow.settings import params, strict
 
     root = Path(__file__).parent.parent
     document = strict.read_yaml(root / "params.yaml")
@@ -37,9 +38,9 @@ def ours() -> Iterator[Iterator[None]]:
     """Yield the steps of `barlow pretrain`, as often as asked."""
     import torch
 
-    from barlow import model
-    from barlow.loss import barlow_twins_loss
-    from barlow.training import Training
+    from barlow.training import model
+    from barlow.training.loss import barlow_twins_loss
+    from barlow.training.state import Training
 
     run = Training(settings(), torch.device("cpu"))
     bf16 = model.computes_bf16("auto", run.device)
@@ -63,7 +64,7 @@ def official() -> Iterator[Iterator[None]]:
     import official
     import torch
 
-    from barlow import model
+    from barlow.training import model
 
     p, paths = settings(), sorted(Path("images").rglob("*.jpg"))
     torch.manual_seed(0)
@@ -98,7 +99,7 @@ def main(folder: str | None) -> None:
     import pictures
     import rounds
 
-    from barlow import files, machine
+    from barlow.core import files, machine
 
     print(machine.hardware())
     source = folder and Path(folder).resolve()

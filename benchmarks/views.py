@@ -19,8 +19,9 @@ import official
 import pictures
 import rounds
 
-from barlow import machine, params
-from barlow.views import TwinViews, pairs
+from barlow.core import machine
+from barlow.settings import params
+from barlow.training.views import TwinViews, pairs
 
 
 def rate(batches, batch_size: int, n: int) -> float:

@@ -24,7 +24,7 @@ def rollback(version: str | None = None) -> State[Any]:
         return Failed(message=str(error))
     emit_event(
         "encoder.rolled-back",
-        resource={"prefect.resource.id": "barlow.encoder"},
+        resource={"prefect.resource.id": "barlow.encoder.encoder"},
         payload={"message": done["lines"][-1]},
     )
     return Completed(message=done["lines"][-1])

@@ -9,7 +9,9 @@ import pytest
 import yaml
 from jaxtyping import install_import_hook
 
-install_import_hook(["barlow.loss", "barlow.probe"], "beartype.beartype")  # shapes in annotations are checked, in tests
+install_import_hook(
+    ["barlow.training.loss", "barlow.evaluation.probe"], "beartype.beartype"
+)  # shapes in annotations are checked, in tests
 
 os.environ.update(DVC_NO_ANALYTICS="1", DO_NOT_TRACK="1", OMP_WAIT_POLICY="PASSIVE")  # the last as `cli` sets it
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -37,7 +39,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def smoke():
     """The params of the `smoke` preset."""
-    from barlow import params, preset, strict
+    from barlow import preset
+    from barlow.settings import params, strict
 
     document = yaml.safe_load((ROOT / "params.yaml").read_text())
     list(preset.merge(document, yaml.safe_load((ROOT / "presets/smoke.yaml").read_text()), ""))
@@ -113,7 +116,8 @@ def small_shards(tmp_path_factory, smoke):
     import numpy as np
     from PIL import Image
 
-    from barlow import files, shards, synthetic
+    from barlow.core import files, webdataset
+    from barlow.data import synthetic
 
     folder = tmp_path_factory.mktemp("small") / "shards"
     classes = list(synthetic.FAMILIES)[:4]
@@ -123,11 +127,11 @@ def small_shards(tmp_path_factory, smoke):
         buffer = io.BytesIO()
         Image.fromarray(synthetic.surface(classes[i % 4], 28, rng)).save(buffer, "JPEG")
         label = -1 if split == "pretrain" else i % 4
-        return shards.Sample(f"{split}{i:04d}", buffer.getvalue(), "jpg", label, height=28, width=28)
+        return webdataset.Sample(f"{split}{i:04d}", buffer.getvalue(), "jpg", label, height=28, width=28)
 
     for split, count in {"pretrain": 200, "train": 60, "val": 30, "test": 60}.items():
-        shards.write(folder / f"{split}-000000.tar", (sample(split, i) for i in range(count)))
-    files.write_json(folder / shards.CLASSES, classes)
+        webdataset.write(folder / f"{split}-000000.tar", (sample(split, i) for i in range(count)))
+    files.write_json(folder / webdataset.CLASSES, classes)
     return folder
 
 
@@ -277,9 +281,10 @@ def _write_encoder(name, classes):
     import torch
     from onnx import TensorProto, helper
 
-    from barlow import features, files, shards
-    from barlow.encoder import Encoder
-    from barlow.images import decode
+    from barlow.core import files, webdataset
+    from barlow.core.images import decode
+    from barlow.encoder.encoder import Encoder
+    from barlow.evaluation import features
 
     operators = {
         "edges": [("Identity", ["means"])],
@@ -330,7 +335,7 @@ def _write_encoder(name, classes):
     metadata = {"version": "1", "space": f"space of {name}", "classes": json.dumps(classes), "data_hash": "0"}
     helper.set_model_props(written, metadata | {"dim": "12", "image_size": "28"})
     onnx.save(written, files.ONNX)
-    test = [sample for sample in shards.read(shards.tars("test")) if sample.label >= 0]
+    test = [sample for sample in webdataset.read(webdataset.tars("test")) if sample.label >= 0]
     vectors = Encoder().embed(decode(sample.data) for sample in test)
     labels, keys = torch.tensor([sample.label for sample in test]), [sample.key for sample in test]
     features.save("pretrained", {"test": features.Split(torch.from_numpy(vectors), labels, keys)})

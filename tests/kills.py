@@ -15,7 +15,8 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from barlow import params, pretrain  # imported once, for all the processes that are killed
+from barlow import pretrain
+from barlow.settings import params  # imported once, for all the processes that are killed
 
 ENCODER = Path("models/encoder.safetensors")
 

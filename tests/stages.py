@@ -10,7 +10,11 @@ import torch
 from dvclive import Live
 from PIL import Image
 
-from barlow import features, files, manifest, model, pictures, probe, shards
+from barlow.core import files, webdataset
+from barlow.data import manifest
+from barlow.evaluation import features, probe
+from barlow.reporting import pictures
+from barlow.training import model
 
 HOSTILE = '<script>alert("1")</script>&\n,\u202e'
 READABLE = HOSTILE.replace("\n", "\\n").replace("\u202e", "\\u202e")
@@ -28,7 +32,7 @@ def samples(split, count, classes):
         file = io.BytesIO()
         width, label = 24 + i % 3, i % len(classes) if classes else -1
         Image.fromarray(noise(24, width)).save(file, "JPEG")
-        yield shards.Sample(f"{split}{i:020x}", file.getvalue(), "jpg", label, 24, width)
+        yield webdataset.Sample(f"{split}{i:020x}", file.getvalue(), "jpg", label, 24, width)
 
 
 def table(path, header, rows):
@@ -50,11 +54,11 @@ def data(known, test):
     rows = []
     for split, count in {"pretrain": 20, "train": 10, "val": 10, "test": test}.items():
         names = known if split != "pretrain" else []
-        shards.write(files.SHARDS / f"{split}-000000.tar", samples(split, count, names))
+        webdataset.write(files.SHARDS / f"{split}-000000.tar", samples(split, count, names))
         for i in range(count):
             row = dict.fromkeys(manifest.SCHEMA.names) | {"path": f"{split}/{i}", "split": split}
             rows.append(row | {"label": names[i % len(names)] if names else None})
-    files.write_json(files.SHARDS / shards.CLASSES, known)
+    files.write_json(files.SHARDS / webdataset.CLASSES, known)
     manifest.write(pa.Table.from_pylist(rows, manifest.SCHEMA), files.ACCEPTED)
 
     validation = {"images": 104, "accepted": 100, "quarantined": 4, "quarantined_decodable": 3, "quarantined_width": 1}
@@ -95,7 +99,7 @@ def pretraining(epochs):
     after = np.corrcoef(z.T) * 0.9
     matrices = {"before": before, "during": (before + after) / 2, "after": after}
     model.save_weights(files.CORRELATION, {name: torch.tensor(m).float() for name, m in matrices.items()}, {})
-    model.save_weights(files.ENCODER, {"w": torch.zeros(1)}, {"data": shards.digest(shards.tars("pretrain"))})
+    model.save_weights(files.ENCODER, {"w": torch.zeros(1)}, {"data": webdataset.digest(webdataset.tars("pretrain"))})
 
 
 def evaluation(classes, test, labelled):

@@ -9,7 +9,9 @@ import yaml
 from clones import run
 from scipy import stats
 
-from barlow import claims, cli, files, grid
+from barlow import claims, cli
+from barlow.core import files
+from barlow.experiments import grid
 
 ROOT = Path(__file__).parent.parent
 PASS, FAIL, MAYBE = (1.0, 5.0), (-9.0, -1.0), (-2.0, 3.0)

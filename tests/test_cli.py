@@ -6,8 +6,8 @@ import types
 import pytest
 
 from barlow import cli
-from barlow.errors import DataError, Interrupted, UserError
-from barlow.settings import Settings
+from barlow.core.errors import DataError, Interrupted, UserError
+from barlow.settings.flags import Settings
 
 
 @pytest.fixture

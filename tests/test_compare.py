@@ -5,8 +5,10 @@ import subprocess
 import pytest
 from dvc.repo import Repo
 
-from barlow import compare, files, pages
-from barlow.errors import UserError
+from barlow import compare
+from barlow.core import files
+from barlow.core.errors import UserError
+from barlow.reporting import pages
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")  # its own
 OLD = {"linear_top1": 50.0, "linear_top1_low": 47.0, "linear_top1_high": 53.0, "knn_top1": 40.0, "classes": 10}

@@ -9,9 +9,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from barlow import drift, embed
-from barlow.encoder import Encoder
-from barlow.errors import UserError
-from barlow.registry import Registry
+from barlow.core.errors import UserError
+from barlow.encoder.encoder import Encoder
+from barlow.encoder.registry import Registry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from barlow import embed
-from barlow.errors import UserError
+from barlow.core.errors import UserError
 
 
 def picture(path, value):

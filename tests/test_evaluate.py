@@ -6,9 +6,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from barlow import evaluate, features, files, model, probe
-from barlow.errors import UserError
-from barlow.features import Split
+from barlow import evaluate
+from barlow.core import files
+from barlow.core.errors import UserError
+from barlow.evaluation import features, probe
+from barlow.evaluation.features import Split
+from barlow.training import model
 
 CLASSES = ["a", "b", "c", "d"]
 SIZES = {"train": 80, "val": 40, "test": 60}

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from barlow import export, files, images, model, shards
-from barlow.encoder import Encoder
-from barlow.errors import UserError
+from barlow import export
+from barlow.core import files, images, webdataset
+from barlow.core.errors import UserError
+from barlow.encoder.encoder import Encoder
+from barlow.training import model
 
 SIZES = [(30, 40), (24, 24), (30, 40), (50, 20), (24, 24), (9, 11), (30, 40), (64, 64), (24, 24), (30, 40)]
 CLASSES = ["brick", "dots", "wäve"]
@@ -30,7 +32,7 @@ def sample(index, size):
     pixels = 128 + 80 * np.sin((rows * (1 + index % 3) + columns) / 4)[:, :, None] + noise
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
-    return shards.Sample(f"{index:024x}", buffer.getvalue(), "jpg", index % 3, height, width)
+    return webdataset.Sample(f"{index:024x}", buffer.getvalue(), "jpg", index % 3, height, width)
 
 
 def write_weights(params, head=True, seed=0):
@@ -65,7 +67,7 @@ def project(smoke, tmp_path_factory):
         write_weights(smoke)
         for number, split in enumerate(("val", "train", "test")):
             samples = [sample(100 * number + index, size) for index, size in enumerate(SIZES)]
-            shards.write(files.SHARDS / f"{split}-000000.tar", samples)
+            webdataset.write(files.SHARDS / f"{split}-000000.tar", samples)
         export.run(dataclasses.replace(smoke, export=dataclasses.replace(smoke.export, max_accuracy_loss=100.0)))
     finally:
         os.chdir(home)
@@ -163,8 +165,8 @@ def test_figures(inside, smoke):
     assert figures["parameters"] == resnet10 + 3 * 512 + 3
     assert figures["latency_ms"] > 0
     assert figures["images_per_second"] > 0
-    pixels = [images.decode(sample.data) for sample in shards.read(shards.tars("test"))]
-    labels = [sample.label for sample in shards.read(shards.tars("test"))]
+    pixels = [images.decode(sample.data) for sample in webdataset.read(webdataset.tars("test"))]
+    labels = [sample.label for sample in webdataset.read(webdataset.tars("test"))]
     for name, path in (("float32", files.ONNX), *((name, files.REDUCED / f"{name}.onnx") for name in REDUCED)):
         right = [Encoder(path).classify([image])[0].argmax() for image in pixels] == np.array(labels)
         assert figures[f"{name}_linear_top1"] == pytest.approx(100 * right.mean())
@@ -280,8 +282,8 @@ def test_missing_inputs_name_their_stage(smoke, tmp_path, monkeypatch):
 
 def test_pictures_are_the_val_splits_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shards.write(files.SHARDS / "pretrain-000000.tar", [sample(0, (30, 31)), sample(1, (30, 32))])
-    shards.write(files.SHARDS / "val-000000.tar", [sample(2, (30, 33))])
+    webdataset.write(files.SHARDS / "pretrain-000000.tar", [sample(0, (30, 31)), sample(1, (30, 32))])
+    webdataset.write(files.SHARDS / "val-000000.tar", [sample(2, (30, 33))])
     assert [picture.shape[1] for picture in export._pictures(2)] == [33, 31]
 
 

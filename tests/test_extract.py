@@ -6,8 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from barlow import extract, features, files, images, model, probe, shards
-from barlow.errors import UserError
+from barlow import extract
+from barlow.core import files, images, webdataset
+from barlow.core.errors import UserError
+from barlow.evaluation import features, probe
+from barlow.training import model
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +37,17 @@ def extracted(folder, monkeypatch):
 def unlabelled(folder, source, *splits):
     """Fill a folder with shards of which some splits have no labels."""
     for split in ("pretrain", "train", "val", "test"):
-        samples = shards.read(shards.tars(split, source))
-        shards.write(folder / f"{split}-000000.tar", (s._replace(label=-1) if split in splits else s for s in samples))
-    files.write_json(folder / shards.CLASSES, shards.classes(source))
+        samples = webdataset.read(webdataset.tars(split, source))
+        webdataset.write(
+            folder / f"{split}-000000.tar", (s._replace(label=-1) if split in splits else s for s in samples)
+        )
+    files.write_json(folder / webdataset.CLASSES, webdataset.classes(source))
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_features_are_those_of_the_encoder_image_by_image(extracted, split):
     encoder = model.load_encoder()[0]
-    samples = list(shards.read(shards.tars(split)))
+    samples = list(webdataset.read(webdataset.tars(split)))
     expected = torch.cat([encoder(torch.tensor(images.decode(sample.data))[None]) for sample in samples])
     found = features.load("pretrained", split)
     torch.testing.assert_close(found.features, expected, atol=1e-4, rtol=1e-4)
@@ -62,7 +67,7 @@ def test_the_random_encoder_is_another_of_the_same_shape_and_the_same_each_time(
 
 
 def test_pixels_are_the_image_shrunk(extracted, smoke):
-    sample = next(shards.read(shards.tars("val")))
+    sample = next(webdataset.read(webdataset.tars("val")))
     image = Image.fromarray(images.decode(sample.data)).resize((24, 24), Image.Resampling.BILINEAR)
     found = features.load("pixels", "val")
     assert (found.features.shape, found.features.dtype) == ((30, 3 * 24 * 24), torch.uint8)
@@ -87,14 +92,14 @@ def test_the_views_are_pairs(extracted):
 
 
 def test_health_looks_at_pretrain_where_val_is_small(extracted):
-    keys = [sample.key for sample in shards.read(shards.tars("pretrain"))]
+    keys = [sample.key for sample in webdataset.read(webdataset.tars("pretrain"))]
     assert features.load("pretrained", "health").keys == keys
 
 
 def test_health_looks_at_val_where_it_is_large(extracted, monkeypatch, smoke):
     monkeypatch.setattr(extract, "MIN_HEALTH_IMAGES", 10)
     splits = extract.health(model.load_encoder()[0], smoke, torch.device("cpu"))
-    assert splits["health"].keys == [sample.key for sample in shards.read(shards.tars("val"))]
+    assert splits["health"].keys == [sample.key for sample in webdataset.read(webdataset.tars("val"))]
     assert len(splits["view_a"].features) == 30
 
 
@@ -103,7 +108,7 @@ def test_of_a_test_split_without_labels_the_first_images_are_kept(tmp_path, monk
     monkeypatch.setattr(extract, "HEALTH_IMAGES", 7)
     unlabelled(files.SHARDS, small_shards, "train", "test")
     found = list(extract.images_of("test"))
-    assert [sample.key for sample in found] == [s.key for s in islice(shards.read(shards.tars("test")), 7)]
+    assert [sample.key for sample in found] == [s.key for s in islice(webdataset.read(webdataset.tars("test")), 7)]
     assert list(extract.images_of("train")) == []
     assert len(list(extract.images_of("val"))) == 30
 

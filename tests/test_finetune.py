@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from barlow import files, finetune, model, shards
+from barlow import finetune
+from barlow.core import files, webdataset
 from barlow.finetune import Study
+from barlow.training import model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,9 +114,9 @@ def test_with_one_learning_rate_there_is_nothing_to_choose(recorded):
 def test_without_labels_there_is_nothing_to_finetune(encoder, params, small_shards):
     files.SHARDS.unlink()
     for split in ("pretrain", "train", "val", "test"):
-        samples = shards.read(shards.tars(split, small_shards))
-        shards.write(files.SHARDS / f"{split}-000000.tar", (sample._replace(label=-1) for sample in samples))
-    files.write_json(files.SHARDS / shards.CLASSES, [])
+        samples = webdataset.read(webdataset.tars(split, small_shards))
+        webdataset.write(files.SHARDS / f"{split}-000000.tar", (sample._replace(label=-1) for sample in samples))
+    files.write_json(files.SHARDS / webdataset.CLASSES, [])
     finetune.run(params)
     assert list(files.read_json("reports/finetune.json")) == ["seconds"]
 

@@ -14,11 +14,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from barlow import distributed, extract, features, finetune, model, pretrain, probe
-from barlow.ablation import ablated_loss
-from barlow.lars import LARS
-from barlow.loss import barlow_twins_loss, cross_correlation
-from barlow.params import Ablation
+from barlow import extract, finetune, pretrain
+from barlow.evaluation import features, probe
+from barlow.settings.params import Ablation
+from barlow.training import distributed, model
+from barlow.training.ablation import ablated_loss
+from barlow.training.loss import barlow_twins_loss, cross_correlation
+from barlow.training.optim import LARS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 MIXED = r"on the same device|two devices|cuda:0.*cpu|cpu.*cuda:0"

@@ -9,11 +9,12 @@ from onnx import helper
 from PIL import Image
 from pyarrow import parquet
 
-from barlow import cli, files, index, shards
-from barlow.encoder import Encoder
-from barlow.errors import UserError
-from barlow.images import decode
-from barlow.search import Index
+from barlow import cli, index
+from barlow.core import files, webdataset
+from barlow.core.errors import UserError
+from barlow.core.images import decode
+from barlow.encoder.encoder import Encoder
+from barlow.encoder.search import Index
 
 COLOURS = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200), "grey": (90, 90, 90)}
 
@@ -204,15 +205,15 @@ def packed(tmp_path, monkeypatch, model):
     colours = list(COLOURS)
 
     def sample(key, colour, label):
-        return shards.Sample(f"{key:024x}", encode(plain(colour, (3 + key % 5, 4))), "png", label, 3 + key % 5, 4)
+        return webdataset.Sample(f"{key:024x}", encode(plain(colour, (3 + key % 5, 4))), "png", label, 3 + key % 5, 4)
 
     train = [sample(i, colours[i % 3], i % 3) for i in range(6)]
     pretrain = [sample(10, "grey", -1), train[4]._replace(label=-1), sample(11, "grey", -1), sample(12, "red", -1)]
     labels = [0] * 20 + [1] * 8 + [2] * 2
     test = [sample(100 + i, colours[label], label) for i, label in enumerate(labels)]
     for split, samples in {"train": train, "pretrain": pretrain, "test": test, "val": [sample(50, "red", 0)]}.items():
-        shards.write(files.SHARDS / f"{split}-000000.tar", samples)
-    files.write_json(files.SHARDS / shards.CLASSES, colours[:3])
+        webdataset.write(files.SHARDS / f"{split}-000000.tar", samples)
+    files.write_json(files.SHARDS / webdataset.CLASSES, colours[:3])
     return {"train": train, "pretrain": pretrain, "test": test}
 
 
@@ -247,9 +248,9 @@ def test_samples_are_test_images_a_class_in_turn(packed, model):
 
 
 def test_shards_without_labels_or_names(packed, model):
-    (files.SHARDS / shards.CLASSES).unlink()
+    (files.SHARDS / webdataset.CLASSES).unlink()
     for split, samples in packed.items():
-        shards.write(files.SHARDS / f"{split}-000000.tar", [sample._replace(label=-1) for sample in samples])
+        webdataset.write(files.SHARDS / f"{split}-000000.tar", [sample._replace(label=-1) for sample in samples])
     index.run(model=model)
     found = read(files.INDEX)
     assert found.names[:6] == [f"{i:024x}" for i in range(6)]

@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from barlow import facts, files, ingest, manifest
-from barlow.errors import Interrupted, UserError
+from barlow import ingest
+from barlow.core import files
+from barlow.core.errors import Interrupted, UserError
+from barlow.data import facts, manifest
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ import yaml
 from clones import commit, ran, run, set_param
 from PIL import Image
 
-from barlow import files
-from barlow.encoder import Encoder
+from barlow.core import files
+from barlow.encoder.encoder import Encoder
 
 pytestmark = pytest.mark.slow
 

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from barlow import params, preset, strict
-from barlow.errors import UserError
+from barlow import preset
+from barlow.core.errors import UserError
+from barlow.settings import params, strict
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,11 @@ import torch
 import yaml
 from sklearn.neighbors import KNeighborsClassifier
 
-from barlow import checkpoint, curves, distributed, features, files, images, model, pretrain, shards
-from barlow.errors import Interrupted, UserError
+from barlow import pretrain
+from barlow.core import files, images, webdataset
+from barlow.core.errors import Interrupted, UserError
+from barlow.evaluation import features
+from barlow.training import checkpoint, distributed, model, progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NORMS = "weight_norm", "gradient_norm"
@@ -75,7 +78,7 @@ def test_it_learns_and_writes_what_later_stages_read(project, smoke, change):
     assert 0.5 < report["std"] == pytest.approx(curve("std")[-1])
     loaded, metadata = model.load_encoder()
     assert metadata["steps"] == 9
-    assert metadata["data"] == shards.digest(shards.tars("pretrain"))
+    assert metadata["data"] == webdataset.digest(webdataset.tars("pretrain"))
     assert loaded(torch.zeros(1, 28, 28, 3, dtype=torch.uint8)).shape == (1, 512)
     corners, _ = model.load_weights(files.CORRELATION)
     assert {name: corner.shape for name, corner in corners.items()} == dict.fromkeys(
@@ -90,7 +93,7 @@ def test_it_learns_and_writes_what_later_stages_read(project, smoke, change):
 
 
 def test_progress_is_told_between_epochs(project, smoke, monkeypatch, capsys):
-    monkeypatch.setattr(curves, "SECONDS", 0)
+    monkeypatch.setattr(progress, "SECONDS", 0)
     pretrain.run(smoke)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[:2] for line in lines if line.startswith("epoch") and "left" in line] == [
@@ -190,7 +193,7 @@ def test_knn_while_it_trains(project, smoke, change, undisturbed, capsys):
     assert f"kNN on val {accuracies[-1]:.1f} %" in capsys.readouterr().out
 
     frozen, _ = model.load_encoder()
-    splits = [list(shards.read(shards.tars(split))) for split in ("train", "val")]
+    splits = [list(webdataset.read(webdataset.tars(split))) for split in ("train", "val")]
     features = [torch.cat([frozen(torch.tensor(images.decode(s.data))[None]) for s in split]) for split in splits]
     labels = [[s.label for s in split] for split in splits]
     knn = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.1))

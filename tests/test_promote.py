@@ -7,10 +7,12 @@ import onnx
 import pytest
 import torch
 
-from barlow import features, files, images, promote, rollback, shards
-from barlow.encoder import Encoder
-from barlow.errors import Interrupted, Refused, UserError
-from barlow.registry import Registry
+from barlow import promote, rollback
+from barlow.core import files, images, webdataset
+from barlow.core.errors import Interrupted, Refused, UserError
+from barlow.encoder.encoder import Encoder
+from barlow.encoder.registry import Registry
+from barlow.evaluation import features
 
 CLASSES = ["a", "b", "c", "d"]
 
@@ -45,7 +47,7 @@ def test_the_first_version_is_promoted_whole(encoders, held, capsys):
         assert text in card
     vectors = np.load(version.reference)
     assert vectors.shape == (200, 12)  # all there are
-    pictures = [images.decode(sample.data) for sample in shards.read(shards.tars("pretrain"))]
+    pictures = [images.decode(sample.data) for sample in webdataset.read(webdataset.tars("pretrain"))]
     np.testing.assert_allclose(vectors, Encoder(version.onnx).embed(pictures), rtol=1e-5)
 
 
@@ -199,13 +201,13 @@ def test_without_labels_accuracy_is_not_compared(encoders, held, tmp_path, small
     folder = files.SHARDS
     folder.unlink()
     for split in ("pretrain", "train", "val", "test"):
-        samples = shards.read(shards.tars(split, small_shards))
-        shards.write(folder / f"{split}-000000.tar", (sample._replace(label=-1) for sample in samples))
-    files.write_json(folder / shards.CLASSES, [])
+        samples = webdataset.read(webdataset.tars(split, small_shards))
+        webdataset.write(folder / f"{split}-000000.tar", (sample._replace(label=-1) for sample in samples))
+    files.write_json(folder / webdataset.CLASSES, [])
     for name in ("edges", "other"):
         encoders(name, classes=())
-        keys = [sample.key for sample in shards.read(shards.tars("test"))]
-        vectors = Encoder().embed(images.decode(s.data) for s in shards.read(shards.tars("test")))
+        keys = [sample.key for sample in webdataset.read(webdataset.tars("test"))]
+        vectors = Encoder().embed(images.decode(s.data) for s in webdataset.read(webdataset.tars("test")))
         unlabelled = torch.full((len(keys),), -1)
         features.save("pretrained", {"test": features.Split(torch.from_numpy(vectors), unlabelled, keys)})
         promote.run(encoders.params)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from serving import encoded, start
+from services import encoded, start
 
 from barlow import summary
 
@@ -54,7 +54,7 @@ def test_curl(service):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client's own dependencies
 def test_python(service, monkeypatch, indexed):
-    from barlow.encoder import Encoder
+    from barlow.encoder.encoder import Encoder
 
     running, folder = service
     monkeypatch.chdir(folder)
@@ -63,7 +63,7 @@ def test_python(service, monkeypatch, indexed):
     names = {}
     exec(program.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}"), names)
     assert names["vector"] == pytest.approx(Encoder("models/encoder.onnx").embed(["a.jpg"]), rel=1e-4, abs=1e-4)
-    [program] = [block for block in blocks("python") if "barlow.encoder" in block]
+    [program] = [block for block in blocks("python") if "barlow.encoder.encoder" in block]
     exec(program, names)
     assert names["vectors"] == pytest.approx(Encoder("models/encoder.onnx").embed(["a.jpg", "b.png"]))
 

@@ -14,8 +14,8 @@ import pytest
 from clones import commit, ran, run, set_param
 from PIL import Image
 
-from barlow import files
-from barlow.encoder import Encoder
+from barlow.core import files
+from barlow.encoder.encoder import Encoder
 from flows import process
 from flows.process import StepFailed
 

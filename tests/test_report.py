@@ -9,8 +9,11 @@ import pytest
 import stages
 from stages import CLASSES, HOSTILE, READABLE
 
-from barlow import features, files, model, report, shards, summary
-from barlow.errors import UserError
+from barlow import report, summary
+from barlow.core import files, webdataset
+from barlow.core.errors import UserError
+from barlow.evaluation import features
+from barlow.training import model
 
 SECTIONS = ["headline", "few-labels", "data", "views", "curves", "correlation", "map", "neighbours", "confusion"]
 SECTIONS += ["classes", "claims", "training", "provenance"]
@@ -285,7 +288,7 @@ def test_names_from_outside_cannot_break_the_page(project, page):
 def test_provenance_names_the_files_and_versions(project, page):
     text = page.text["provenance"]
     assert files.sha256(project / files.ONNX) in text
-    assert shards.digest(shards.tars("pretrain", project / files.SHARDS)) in text
+    assert webdataset.digest(webdataset.tars("pretrain", project / files.SHARDS)) in text
     assert "0123456789abcdef" in text
     assert "0.999999881" in text
     assert "epochs: 2" in text
@@ -323,6 +326,6 @@ def test_a_missing_input_is_named_with_its_stage(copy, smoke, path):
 
 
 def test_shards_of_another_run_are_noticed(copy, smoke):
-    shards.write(files.SHARDS / "test-000000.tar", stages.samples("fresh", 5, CLASSES))
+    webdataset.write(files.SHARDS / "test-000000.tar", stages.samples("fresh", 5, CLASSES))
     with pytest.raises(UserError, match="run `barlow extract` again"):
         report.run(smoke)

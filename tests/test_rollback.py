@@ -1,8 +1,9 @@
 import pytest
 
-from barlow import files, promote, rollback
-from barlow.errors import UserError
-from barlow.registry import Registry
+from barlow import promote, rollback
+from barlow.core import files
+from barlow.core.errors import UserError
+from barlow.encoder.registry import Registry
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Wire, encoded, figure, free_port, hosting, png, start, until
+from services import Wire, encoded, figure, free_port, hosting, png, start, until
 
 from barlow import __version__, cli, serve
-from barlow.errors import UserError
-from barlow.metrics import Metrics
+from barlow.core.errors import UserError
+from barlow.serving.metrics import Metrics
 
 HEAVY = ("torch", "torchvision", "nvidia", "dvc", "prefect", "pandas", "pyarrow", "great_expectations", "onnx", "yaml")
 

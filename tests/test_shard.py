@@ -8,8 +8,10 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from barlow import files, images, ingest, manifest, shard, shards
-from barlow.errors import UserError
+from barlow import ingest, shard
+from barlow.core import files, images, webdataset
+from barlow.core.errors import UserError
+from barlow.data import manifest
 
 
 def picture(seed=0, width=57, height=41, mode="RGB"):
@@ -78,10 +80,10 @@ def test_run_packs_each_split(data, smoke):
     ]
     assert sorted(path.name for path in files.SHARDS.iterdir()) == sorted(names)
     assert [path.name for path in files.SHARDS.parent.iterdir() if path.name.startswith(".")] == []
-    assert shards.classes() == ["a", "b"]
+    assert webdataset.classes() == ["a", "b"]
 
     paths = {hashlib.sha256(image).hexdigest()[:24]: path for path, image in content.items()}
-    packed = {split: list(shards.read(shards.tars(split))) for split in manifest.SPLITS}
+    packed = {split: list(webdataset.read(webdataset.tars(split))) for split in manifest.SPLITS}
     assert all(sample.data == content[paths[sample.key]] for split in packed.values() for sample in split)
     labels = {split: {paths[sample.key]: sample.label for sample in packed[split]} for split in packed}
     unlabelled = [path for path, split, _ in ROWS if split in ("pretrain", "train")]
@@ -95,8 +97,8 @@ def test_run_packs_each_split(data, smoke):
 def test_run_without_labels(data, smoke):
     data(ROWS[:3])
     shard.run(smoke)
-    assert shards.classes() == []
-    assert [shards.count(shards.tars(split)) for split in manifest.SPLITS] == [3, 0, 0, 0]
+    assert webdataset.classes() == []
+    assert [webdataset.count(webdataset.tars(split)) for split in manifest.SPLITS] == [3, 0, 0, 0]
 
 
 def test_any_number_of_processes_writes_the_same_bytes(data, smoke, change, monkeypatch):
@@ -231,7 +233,9 @@ def test_sides_of_every_kind_of_image_are_those_it_decodes_to(nasty, smoke, chan
     rows = [row for row in manifest.read().to_pylist() if refused[row["path"]] is None]
     manifest.write(pa.Table.from_pylist(rows, manifest.SCHEMA), files.ACCEPTED)
     shard.run(params)
-    samples = [sample for split in manifest.SPLITS if split != "train" for sample in shards.read(shards.tars(split))]
+    samples = [
+        sample for split in manifest.SPLITS if split != "train" for sample in webdataset.read(webdataset.tars(split))
+    ]
     assert len(samples) == len(rows) > 10
     for sample in samples:
         assert (sample.height, sample.width) == upright(sample.data) == dali_decode(sample.data).shape[:2]
@@ -241,12 +245,12 @@ def test_sides_of_every_kind_of_image_are_those_it_decodes_to(nasty, smoke, chan
 
 def test_a_lost_image_stops_the_stage_and_changes_nothing(data, smoke):
     data(ROWS)
-    files.write_json(files.SHARDS / shards.CLASSES, ["old"])
+    files.write_json(files.SHARDS / webdataset.CLASSES, ["old"])
     (files.RAW / "u/3.jpg").unlink()
     with pytest.raises(UserError, match=r"u/3\.jpg cannot be read \(No such file or directory\); run ingest again"):
         shard.run(smoke)
     assert [path.name for path in files.SHARDS.parent.iterdir() if "shards" in path.name] == ["shards"]
-    assert shards.classes() == ["old"]
+    assert webdataset.classes() == ["old"]
 
 
 def test_a_changed_image_is_named(tmp_path):

@@ -1,7 +1,8 @@
 import pytest
 
-from barlow import files, summary
-from barlow.errors import UserError
+from barlow import summary
+from barlow.core import files
+from barlow.core.errors import UserError
 
 METRICS = {
     f"{prefix}{name}": value

@@ -8,8 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from barlow import expectations, files, ingest, manifest, validate
-from barlow.errors import DataError, UserError
+from barlow import ingest, validate
+from barlow.core import files
+from barlow.core.errors import DataError, UserError
+from barlow.data import expectations, manifest
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from barlow import experiments, files, grid, machine, probe, provenance
-from barlow.params import Params
+from barlow.core import files, machine, provenance
+from barlow.evaluation import probe
+from barlow.experiments import grid, runs
+from barlow.settings.params import Params
 
 CLAIMS = files.REPORTS / "claims.json"
 METRIC = "linear_top1"
@@ -31,8 +33,8 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
     """
     plan = grid.load(preset, params)
     chosen = grid.choose(plan, names)
-    experiments.dvc("repro", "shard")
-    inputs = experiments.inputs()
+    runs.dvc("repro", "shard")
+    inputs = runs.inputs()
 
     def called(point: grid.Point, seed: int) -> str:
         return grid.name(preset, grid.apply(params, grid.overrides(plan, point, seed), preset), inputs)
@@ -44,9 +46,9 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
         for point in claim.points
     }
     failed = run_missing(todo, jobs)
-    done = {name: reference for name, reference in experiments.finished().items() if name in todo}
-    results = {name: experiments.read(done[name], files.REPORTS / "evaluate.json") for name in done}
-    seconds = sum(experiments.read(done[name], files.REPORTS / "pretrain.json")["seconds"] for name in done)
+    done = {name: reference for name, reference in runs.finished().items() if name in todo}
+    results = {name: runs.read(done[name], files.REPORTS / "evaluate.json") for name in done}
+    seconds = sum(runs.read(done[name], files.REPORTS / "pretrain.json")["seconds"] for name in done)
     revision = provenance.revision(READ)
     base = called(grid.Point("", {}), plan.seeds[0])
 
@@ -54,10 +56,10 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
     for claim in chosen:
         points = []
         for point in claim.points:
-            runs = [outcome(seed, called(point, seed), results, failed) for seed in plan.seeds]
+            outcomes = [outcome(seed, called(point, seed), results, failed) for seed in plan.seeds]
             images = next((result["test_images"] for result in results.values()), 0)
             is_base = called(point, plan.seeds[0]) == base
-            points.append({"label": point.label, "base": is_base, "params": point.params} | measure(runs, images))
+            points.append({"label": point.label, "base": is_base, "params": point.params} | measure(outcomes, images))
         told[claim.name] = judge(claim, points) | {"revision": revision}
         print(table(told[claim.name]), end="\n\n", flush=True)
     previous = files.read_json(CLAIMS) if CLAIMS.exists() else {}
@@ -80,11 +82,11 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
 
 def run_missing(todo: Mapping[str, Mapping[str, Any]], jobs: int) -> dict[str, str]:
     """Run the experiments that there is no result of, telling how it goes; return those that failed, and why."""
-    there = experiments.finished()
+    there = runs.finished()
     missing = {name: values for name, values in todo.items() if name not in there}
     print(f"{len(todo)} experiments, {len(missing)} of them to run", flush=True)
     failed, started = {}, time.monotonic()
-    for ended, (name, reason) in enumerate(experiments.run(missing, jobs), 1):
+    for ended, (name, reason) in enumerate(runs.run(missing, jobs), 1):
         if reason is not None:
             failed[name] = reason
         left = (time.monotonic() - started) / ended * (len(missing) - ended)

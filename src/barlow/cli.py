@@ -9,9 +9,10 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from barlow import __version__, files
-from barlow.errors import DataError, Interrupted, Refused, UserError
-from barlow.settings import Settings
+from barlow import __version__
+from barlow.core import files
+from barlow.core.errors import DataError, Interrupted, Refused, UserError
+from barlow.settings.flags import Settings
 
 STAGES = {
     "ingest": "find and decode every image of data.source: data/manifest.parquet",
@@ -101,7 +102,7 @@ def dispatch(command: str, arguments: dict[str, Any]) -> None:
     # speed on a busy one. OpenMP reads this when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if command in STAGES or command in ("scan", "promote", "rollback", "drift", "claims"):
-        from barlow import params  # here, since the serving image has no YAML reader
+        from barlow.settings import params  # here, since the serving image has no YAML reader
 
         settings = params.load()
         if command == "scan":

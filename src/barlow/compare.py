@@ -13,9 +13,11 @@ from typing import Any
 import dvc.api
 import yaml
 
-from barlow import charts, experiments, files, pages, provenance
-from barlow.errors import UserError
-from barlow.params import PARAMS
+from barlow.core import files, provenance
+from barlow.core.errors import UserError
+from barlow.experiments import runs
+from barlow.reporting import charts, pages
+from barlow.settings.params import PARAMS
 
 PAGE = files.REPORTS / "compare.html"
 INTERVAL = ("low", "high")
@@ -29,8 +31,8 @@ def run(name: str) -> None:
         UserError: there is no such revision, or one of the two has no metrics.
     """
     commit = resolve(name)
-    listed = experiments.git("ls-tree", "--name-only", commit, f"{files.REPORTS}/").splitlines()
-    old = {Path(path).stem: experiments.read(commit, path) for path in listed if path.endswith(".json")}
+    listed = runs.git("ls-tree", "--name-only", commit, f"{files.REPORTS}/").splitlines()
+    old = {Path(path).stem: runs.read(commit, path) for path in listed if path.endswith(".json")}
     new = {path.stem: files.read_json(path) for path in sorted(files.REPORTS.glob("*.json"))}
     for run, where in ((old, name), (new, "this folder")):
         if "evaluate" not in run:
@@ -42,10 +44,10 @@ def run(name: str) -> None:
     page = {
         "name": name,
         "commit": commit,
-        "subject": experiments.git("log", "-1", "--format=%s", commit).strip(),
+        "subject": runs.git("log", "-1", "--format=%s", commit).strip(),
         "revision": provenance.revision(),
         "params": differing(
-            yaml.safe_load(experiments.git("show", f"{commit}:./{PARAMS}")), yaml.safe_load(PARAMS.read_text())
+            yaml.safe_load(runs.git("show", f"{commit}:./{PARAMS}")), yaml.safe_load(PARAMS.read_text())
         ),
         "metrics": {stage: rows(old.get(stage, {}), new.get(stage, {})) for stage in stages},
         "curves": drawn,
@@ -58,11 +60,9 @@ def resolve(name: str) -> str:
     """Return the commit of a git revision, or of a DVC experiment by its name."""
     if subprocess.run(["git", "rev-parse", "--git-dir"], capture_output=True).returncode:
         raise UserError(f"--compare {name}: this folder is not in a git repository")
-    for reference in (name, experiments.finished().get(name, "")):
+    for reference in (name, runs.finished().get(name, "")):
         with suppress(subprocess.CalledProcessError):
-            return experiments.git(
-                "rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}"
-            ).strip()
+            return runs.git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}").strip()
     raise UserError(
         f"--compare {name} is no git revision and no DVC experiment; `git log` and `dvc exp show` list them"
     )

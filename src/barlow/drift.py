@@ -25,12 +25,13 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from barlow import embed, files
-from barlow.encoder import Encoder, Pixels, Vectors
-from barlow.errors import UserError
-from barlow.params import Drift, Params
-from barlow.registry import Registry, Version
-from barlow.two_sample import FOLDS, auc, auc_interval, cross_fitted_scores, mmd_test, unit, whitened
+from barlow import embed
+from barlow.core import files
+from barlow.core.errors import UserError
+from barlow.encoder.encoder import Encoder, Pixels, Vectors
+from barlow.encoder.registry import Registry, Version
+from barlow.production.two_sample import FOLDS, auc, auc_interval, cross_fitted_scores, mmd_test, unit, whitened
+from barlow.settings.params import Drift, Params
 
 PERMUTATIONS = 500
 NAMED = 5  # skipped files that are told by name

@@ -17,10 +17,10 @@ import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
 
-from barlow import files
-from barlow.encoder import MAX_PIXELS, Encoder, Pixels, Vectors, top1
-from barlow.errors import UserError
-from barlow.images import decode
+from barlow.core import files
+from barlow.core.errors import UserError
+from barlow.core.images import decode
+from barlow.encoder.encoder import MAX_PIXELS, Encoder, Pixels, Vectors, top1
 
 ROW_GROUP = 4096  # rows held before they are written; small row groups make a large file slow to read
 

@@ -15,9 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from barlow import features, files, model, probe, shards, summary
-from barlow.features import Split
-from barlow.params import Evaluate, Params
+from barlow import summary
+from barlow.core import files, webdataset
+from barlow.evaluation import features, probe
+from barlow.evaluation.features import Split
+from barlow.settings.params import Evaluate, Params
+from barlow.training import model
 
 PREFIXES = {"random": "random_", "pixels": "pixels_", "pretrained": ""}  # of the figures' names; what is kept is last's
 
@@ -37,7 +40,7 @@ def run(params: Params) -> None:
     Raises:
         UserError: `extract` has not run.
     """
-    p, classes = params.evaluate, shards.classes()
+    p, classes = params.evaluate, webdataset.classes()
     metrics: dict[str, float] = {"classes": len(classes)}
     draws = []
     prefixes = PREFIXES if params.extract.baselines else {"pretrained": ""}

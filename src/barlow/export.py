@@ -24,10 +24,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
 
-from barlow import __version__, files, images, model, quantize, shards, triton
-from barlow.encoder import Encoder, Pixels, Vectors, batches
-from barlow.errors import UserError
-from barlow.params import Params
+from barlow import __version__
+from barlow.core import files, images, webdataset
+from barlow.core.errors import UserError
+from barlow.encoder import quantize, triton
+from barlow.encoder.encoder import Encoder, Pixels, Vectors, batches
+from barlow.settings.params import Params
+from barlow.training import model
 
 ODD_BATCH = 7
 
@@ -171,7 +174,7 @@ def _resize(pictures: Sequence[Pixels], width: int, height: int) -> list[Pixels]
 
 def _pictures(count: int) -> list[Pixels]:
     """Decode `count` images, those of the val split first, in the shards' order."""
-    samples = shards.read(tar for split in ("val", "test", "train", "pretrain") for tar in shards.tars(split))
+    samples = webdataset.read(tar for split in ("val", "test", "train", "pretrain") for tar in webdataset.tars(split))
     pictures = [images.decode(sample.data) for sample in itertools.islice(samples, count)]
     if not pictures:
         raise UserError(f"{files.SHARDS} holds no images to compare on; run `barlow shard`")

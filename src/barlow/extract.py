@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from barlow import distributed, features, files, images, model, shards
-from barlow.features import CHUNK, Split
-from barlow.params import Params
-from barlow.views import TwinViews
+from barlow.core import files, images, webdataset
+from barlow.evaluation import features
+from barlow.evaluation.features import CHUNK, Split
+from barlow.settings.params import Params
+from barlow.training import distributed, model
+from barlow.training.views import TwinViews
 
 SPLITS = ("train", "val", "test")
 MIN_HEALTH_IMAGES = 100  # in val; with fewer the health figures come from pretrain
@@ -48,21 +50,21 @@ def run(params: Params) -> None:
     print(f"{files.FEATURES}: " + ", ".join(f"{len(split.keys)} images of {name}" for name, split in splits.items()))
 
 
-def images_of(split: str) -> Iterator[shards.Sample]:
+def images_of(split: str) -> Iterator[webdataset.Sample]:
     """Yield the labelled images of a split; of a test split without labels the first, for their neighbours."""
     samples = features.labelled(split)
     first = next(samples, None)
     if first is not None:
         return chain([first], samples)
-    return islice(shards.read(shards.tars(split)), HEALTH_IMAGES if split == "test" else 0)
+    return islice(webdataset.read(webdataset.tars(split)), HEALTH_IMAGES if split == "test" else 0)
 
 
 def health(encoder: model.FrozenEncoder, params: Params, device: torch.device) -> dict[str, Split]:
     """Return features that need no label, of up to 2,000 images and of both views of as many."""
-    tars = shards.tars("val")
-    if shards.count(tars) < MIN_HEALTH_IMAGES:
-        tars = shards.tars("pretrain")
-    whole = features.embed(encoder, islice(shards.read(tars), HEALTH_IMAGES), device)
+    tars = webdataset.tars("val")
+    if webdataset.count(tars) < MIN_HEALTH_IMAGES:
+        tars = webdataset.tars("pretrain")
+    whole = features.embed(encoder, islice(webdataset.read(tars), HEALTH_IMAGES), device)
     batch = min(len(whole.keys), CHUNK)
     with torch.inference_mode():
         twins = islice(

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from barlow import distributed, features, files, model, probe, shards
-from barlow.params import Params
-from barlow.schedule import warmup_cosine
-from barlow.views import single_views
+from barlow.core import files, webdataset
+from barlow.evaluation import features, probe
+from barlow.settings.params import Params
+from barlow.training import distributed, model
+from barlow.training.schedule import warmup_cosine
+from barlow.training.views import single_views
 
 WARMUP = 0.1  # of the steps
 TRIAL = 0.1  # of the supervised network's steps, to choose its learning rate with
@@ -60,10 +62,10 @@ class Study:
     def __init__(self, params: Params) -> None:
         self.p, self.model, self.views, self.pretrain = params.finetune, params.model, params.views, params.pretrain
         self.device = distributed.local_device()
-        self.samples = shards.Samples(shards.tars("train"))
+        self.samples = webdataset.Samples(webdataset.tars("train"))
         self.labels = torch.from_numpy(self.samples.labels())
         self.labelled = (self.labels >= 0).nonzero().flatten()
-        self.test_images = int((shards.Samples(shards.tars("test")).labels() >= 0).sum())
+        self.test_images = int((webdataset.Samples(webdataset.tars("test")).labels() >= 0).sum())
 
     def few_labels(self, name: str, start: Weights | None, share: float) -> dict[str, float]:
         """Fine-tune on a share of the labels, a few draws of them; the first one chooses the learning rate."""
@@ -78,7 +80,7 @@ class Study:
     def supervised(self) -> dict[str, float]:
         """Train from random weights on all labels, with `supervised_budget` times the images that pretraining saw."""
         p, lrs = self.pretrain, self.p.lr
-        epoch = shards.count(shards.tars("pretrain")) // p.batch_size * p.batch_size
+        epoch = webdataset.count(webdataset.tars("pretrain")) // p.batch_size * p.batch_size
         steps = max(round(self.p.supervised_budget * p.epochs * epoch / self.p.batch_size), 1)
         if len(lrs) > 1:
             lrs = (self.best(None, self.labelled, lrs, max(round(TRIAL * steps), 1))[0],)
@@ -105,7 +107,7 @@ class Study:
         encoder = model.FrozenEncoder(self.model, self.views)
         if start is not None:
             encoder.backbone.load_state_dict(start)
-        head = nn.Linear(encoder.backbone.dim, len(shards.classes()))
+        head = nn.Linear(encoder.backbone.dim, len(webdataset.classes()))
         nn.init.zeros_(head.weight)
         network = nn.Sequential(encoder.backbone, head).to(self.device).to(memory_format=torch.channels_last)
         self.fit(network.train().requires_grad_(True), numbers.numpy(), lr, steps)
@@ -117,7 +119,7 @@ class Study:
         found = features.embed(trained.encoder, features.labelled(split), self.device)
         return probe.accuracy(trained.head(found.features).argmax(1), found.labels)
 
-    def fit(self, network: nn.Module, numbers: shards.Indices, lr: float, steps: int) -> None:
+    def fit(self, network: nn.Module, numbers: webdataset.Indices, lr: float, steps: int) -> None:
         """Minimise the cross-entropy by stochastic gradient descent, with warm-up and cosine decay."""
         p = self.p
         optimizer = torch.optim.SGD(network.parameters(), lr, p.momentum, weight_decay=p.weight_decay, nesterov=True)

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from barlow import embed, files, shards
-from barlow.encoder import MAX_PIXELS, Encoder, Pixels, Vectors
-from barlow.errors import UserError
-from barlow.images import decode
-from barlow.search import CANDIDATES, EXACT, KIND, Item, Places, faiss, project, unit
+from barlow import embed
+from barlow.core import files, webdataset
+from barlow.core.errors import UserError
+from barlow.core.images import decode
+from barlow.encoder.encoder import MAX_PIXELS, Encoder, Pixels, Vectors
+from barlow.encoder.search import CANDIDATES, EXACT, KIND, Item, Places, faiss, project, unit
 
 NEIGHBOURS = 32  # HNSW's M
 THUMBNAIL = 64  # px, the longer side
@@ -126,22 +127,22 @@ def _found(paths: Iterable[Path | str]) -> Iterator[Item]:
 
 def _from_shards() -> tuple[Iterator[Item], list[Item]]:
     """Return the training images, each once, and a few test images, of each class in turn."""
-    names, classes = _names(), shards.classes() if (files.SHARDS / shards.CLASSES).exists() else []
+    names, classes = _names(), webdataset.classes() if (files.SHARDS / webdataset.CLASSES).exists() else []
 
-    def item(sample: shards.Sample) -> Item:
+    def item(sample: webdataset.Sample) -> Item:
         label = classes[sample.label] if sample.label >= 0 else None
         return Item(names.get(sample.key, sample.key), label, sample.data)
 
     def training() -> Iterator[Item]:
         seen = set[str]()  # most images of train are in pretrain too, without their labels
-        for sample in shards.read(tar for split in ("train", "pretrain") for tar in shards.tars(split)):
+        for sample in webdataset.read(tar for split in ("train", "pretrain") for tar in webdataset.tars(split)):
             if sample.key not in seen:
                 seen.add(sample.key)
                 yield item(sample)
 
     rounds: dict[int, int] = {}
-    chosen: list[tuple[int, shards.Sample]] = []
-    for sample in itertools.islice(shards.read(shards.tars("test")), 1000):
+    chosen: list[tuple[int, webdataset.Sample]] = []
+    for sample in itertools.islice(webdataset.read(webdataset.tars("test")), 1000):
         rounds[sample.label] = rounds.get(sample.label, -1) + 1
         chosen.append((rounds[sample.label], sample))
     return training(), [item(sample) for _, sample in sorted(chosen, key=lambda pair: pair[0])[:SAMPLES]]

@@ -21,10 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from barlow import facts, files, images, manifest, sources
-from barlow.errors import Interrupted, UserError
-from barlow.facts import FACTS
-from barlow.params import Data, Params
+from barlow.core import files, images
+from barlow.core.errors import Interrupted, UserError
+from barlow.data import facts, manifest, sources
+from barlow.data.facts import FACTS
+from barlow.settings.params import Data, Params
 
 SOURCE = Path("data/source.json")
 CACHE = Path("data/.ingest.parquet")

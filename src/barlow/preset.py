@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from barlow import files, params, strict
-from barlow.errors import UserError
+from barlow.core import files
+from barlow.core.errors import UserError
+from barlow.settings import params, strict
 
 FOLDER = Path("presets")
 

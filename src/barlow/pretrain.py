@@ -16,12 +16,16 @@ from contextlib import contextmanager
 
 import torch
 
-from barlow import __version__, checkpoint, distributed, features, files, machine, model, plan
-from barlow.ablation import ablated_loss
-from barlow.curves import Curves, Progress
-from barlow.errors import Interrupted
-from barlow.params import Params
-from barlow.training import Training
+from barlow import __version__
+from barlow.core import files, machine
+from barlow.core.errors import Interrupted
+from barlow.evaluation import features
+from barlow.settings.params import Params
+from barlow.training import checkpoint, distributed, model
+from barlow.training.ablation import ablated_loss
+from barlow.training.dry_run import describe, headline
+from barlow.training.progress import Curves, Progress
+from barlow.training.state import Training
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: what SLURM can send before a job's time is over
 
@@ -37,7 +41,7 @@ def run(params: Params, dry_run: bool = False) -> None:
         Interrupted: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint was written.
     """
     if dry_run:
-        print(plan.describe(params))
+        print(describe(params))
         return
     if distributed.launch(params.pretrain.processes, params.pretrain.device):
         return
@@ -52,7 +56,7 @@ def train(params: Params, device: torch.device, written: type[Curves] = Curves) 
     """Train in this process, one of `distributed.world_size()`; `written` keeps a row per epoch."""
     p, run = params.pretrain, Training(params, device)
     bf16 = model.computes_bf16(p.precision, device)
-    chatty, start = distributed.rank() == 0, [plan.headline(run, bf16), run.resume()]
+    chatty, start = distributed.rank() == 0, [headline(run, bf16), run.resume()]
     if chatty:
         for text in checkpoint.others(run.folder, run.identity):
             print(f"warning: {text}", file=sys.stderr)

@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from barlow import files, summary, tags
-from barlow.encoder import Encoder
-from barlow.errors import Refused, UserError
-from barlow.params import Params
-from barlow.registry import Registry, Version, now
+from barlow import summary
+from barlow.core import files
+from barlow.core.errors import Refused, UserError
+from barlow.encoder.encoder import Encoder
+from barlow.encoder.registry import Registry, Version, now
+from barlow.production import tags
+from barlow.settings.params import Params
 
 METRICS = ("validation", "pretrain", "evaluate", "export")  # reports/NAME.json, which a version's card keeps
 
@@ -63,7 +65,7 @@ def run(params: Params, check: bool = False) -> None:
 
 def decide(params: Params, registry: Registry, champion: Version | None) -> dict[str, Any]:
     """Return the decision, with all that was measured for it; changes nothing."""
-    from barlow import gate  # torch takes seconds, which `check` need not wait for
+    from barlow.production import gate  # torch takes seconds, which `check` need not wait for
 
     sha256 = files.sha256(files.ONNX)
     decision: dict[str, Any] = {"time": now(), "sha256": sha256, "champion": champion.name if champion else None}
@@ -119,7 +121,7 @@ def _finite(stages: dict[str, dict[str, Any]]) -> None:
 
 
 def _add(params: Params, registry: Registry, decision: dict[str, Any]) -> Version:
-    from barlow import gate
+    from barlow.production import gate
 
     encoder = Encoder(files.ONNX)
     reduced = {path.name: path for path in sorted(files.REDUCED.glob("*.onnx"))}

@@ -14,24 +14,14 @@ from typing import Any
 
 import yaml
 
-from barlow import (
-    charts,
-    features,
-    files,
-    gallery,
-    images,
-    manifest,
-    model,
-    pages,
-    pictures,
-    provenance,
-    results,
-    shards,
-    summary,
-    views,
-)
-from barlow.errors import UserError
-from barlow.params import Params
+from barlow import summary
+from barlow.core import files, images, provenance, webdataset
+from barlow.core.errors import UserError
+from barlow.data import manifest
+from barlow.evaluation import features
+from barlow.reporting import charts, gallery, pages, pictures, results
+from barlow.settings.params import Params
+from barlow.training import model, views
 
 STAGES = ("validation", "pretrain", "evaluate", "finetune", "export")  # whose reports/NAME.json are read
 LINEAR = ("std", "lr", "samples_per_second", "data_wait", "gradient_norm", "weight_norm")
@@ -41,7 +31,7 @@ INPUTS = {
     files.REPORTS / "validation.json": "validate",
     files.QUARANTINE: "validate",
     files.ACCEPTED: "validate",
-    files.SHARDS / shards.CLASSES: "shard",
+    files.SHARDS / webdataset.CLASSES: "shard",
     files.REPORTS / "pretrain.json": "pretrain",
     **dict.fromkeys(CURVES.values(), "pretrain"),
     files.CORRELATION: "pretrain",
@@ -69,7 +59,7 @@ def run(params: Params) -> None:
         if not path.exists():
             raise UserError(f"{path} is missing; run `barlow {stage}`, or `dvc repro` for all that is needed")
     stages = {name: files.read_json(files.REPORTS / f"{name}.json") for name in STAGES}
-    classes = shards.classes()
+    classes = webdataset.classes()
     test = features.load("pretrained", "test")
     metrics = stages["evaluate"] | stages["finetune"]
     correlation = model.load_weights(files.CORRELATION)[0]
@@ -85,7 +75,7 @@ def run(params: Params) -> None:
         "methods": results.methods(metrics),
         "few": results.few_labels(metrics, pages.read_table(files.FEW_LABELS)),
         "examples": examples(classes),
-        "splits": {name: shards.count(shards.tars(name)) for name in manifest.SPLITS},
+        "splits": {name: webdataset.count(webdataset.tars(name)) for name in manifest.SPLITS},
         "class_counts": class_counts(classes),
         "quarantine": quarantine,
         "aside": list(aside(quarantine)),
@@ -116,9 +106,9 @@ def settings(params: Params) -> dict[str, Any]:
 
 def triples(params: Params) -> Iterator[dict[str, str]]:
     """Yield the first images to pretrain on, each with both views."""
-    tars = shards.tars("pretrain")
+    tars = webdataset.tars("pretrain")
     pairs = views.pairs(tars, params.views, params.report.images, params.pretrain.seed)
-    for sample, view_a, view_b in zip(shards.read(tars), *pairs, strict=False):
+    for sample, view_a, view_b in zip(webdataset.read(tars), *pairs, strict=False):
         shown = {"image": images.decode(sample.data), "view A": view_a, "view B": view_b}
         yield {name: pictures.thumbnail(pixels) for name, pixels in shown.items()}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from barlow import tags
-from barlow.errors import UserError
-from barlow.params import Params
-from barlow.registry import Registry, Version, now
+from barlow.core.errors import UserError
+from barlow.encoder.registry import Registry, Version, now
+from barlow.production import tags
+from barlow.settings.params import Params
 
 
 def run(params: Params, version: str | None = None) -> None:

@@ -22,14 +22,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from barlow import __version__, files, v1, v2
-from barlow.errors import UserError
-from barlow.limits import Guard, Refusal, error
-from barlow.live import Live
-from barlow.metrics import Metrics
-from barlow.protocol import Protocol
-from barlow.schemas import FAILURES
-from barlow.settings import Settings
+from barlow import __version__
+from barlow.core import files
+from barlow.core.errors import UserError
+from barlow.serving import images_api, inference_api
+from barlow.serving.connection import Protocol
+from barlow.serving.limits import Guard, Refusal, error
+from barlow.serving.live import Live
+from barlow.serving.metrics import Metrics
+from barlow.serving.schemas import FAILURES
+from barlow.settings.flags import Settings
 
 DRAIN_SECONDS = 30  # for what was asked before SIGTERM
 KEEP_ALIVE_SECONDS = 75  # longer than proxies keep an idle connection, so that none sends a request into its end
@@ -90,7 +92,7 @@ def app(
     settings.check()
     metrics = Metrics()
     live = Live(Path(model), Path(index), settings, metrics)
-    html = Path(__file__).with_name("page.html").read_bytes()
+    html = Path(__file__).with_name("serving").joinpath("page.html").read_bytes()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -130,6 +132,6 @@ def app(
         """Return what Prometheus reads."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    server.include_router(v1.router)
-    server.include_router(v2.router)
-    return Guard(server, settings, metrics, token, {**v1.DIRECT, **v2.DIRECT})
+    server.include_router(images_api.router)
+    server.include_router(inference_api.router)
+    return Guard(server, settings, metrics, token, {**images_api.DIRECT, **inference_api.DIRECT})

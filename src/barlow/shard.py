@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from barlow import files, images, manifest, shards
-from barlow.errors import UserError
-from barlow.params import Params
+from barlow.core import files, images, webdataset
+from barlow.core.errors import UserError
+from barlow.data import manifest
+from barlow.settings.params import Params
 
 # What DALI decodes to the same pixels as `images.decode`, in modes L and RGB. MPO is a JPEG with more images behind it.
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -61,7 +62,7 @@ def run(params: Params) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        files.write_json(folder / shards.CLASSES, classes)
+        files.write_json(folder / webdataset.CLASSES, classes)
         pack_all({folder / name: chunk for name, chunk in tars.items()}, root, params.shard.max_side)
         shutil.rmtree(files.SHARDS, ignore_errors=True)
         folder.rename(files.SHARDS)
@@ -128,10 +129,10 @@ def pack_all(tars: dict[Path, list[Source]], root: Path, max_side: int | None) -
 
 def pack(path: Path, sources: list[Source], root: Path, max_side: int | None) -> None:
     """Write one tar."""
-    shards.write(path, (sample(source, root, max_side) for source in sources))
+    webdataset.write(path, (sample(source, root, max_side) for source in sources))
 
 
-def sample(source: Source, root: Path, max_side: int | None) -> shards.Sample:
+def sample(source: Source, root: Path, max_side: int | None) -> webdataset.Sample:
     """Read one image: its own bytes, unless it has to be shrunk or DALI would decode it differently.
 
     Raises:
@@ -152,7 +153,7 @@ def sample(source: Source, root: Path, max_side: int | None) -> shards.Sample:
         extension = KEPT[source.format]
     else:
         data, extension = _encode(Image.fromarray(images.decode(data, formats=images.INGESTED)), "PNG"), "png"
-    return shards.Sample(source.sha256[:24], data, extension, source.label, height, width)
+    return webdataset.Sample(source.sha256[:24], data, extension, source.label, height, width)
 
 
 def shrunk(data: bytes, max_side: int) -> tuple[bytes, tuple[int, int]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from barlow import files
-from barlow.errors import UserError
+from barlow.core import files
+from barlow.core.errors import UserError
 
 REPORT = files.REPORTS / "index.html"
 

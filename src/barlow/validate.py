@@ -18,10 +18,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from barlow import expectations, files, manifest, pictures
-from barlow.errors import DataError, UserError
-from barlow.expectations import Outcome
-from barlow.params import Params
+from barlow.core import files
+from barlow.core.errors import DataError, UserError
+from barlow.data import expectations, manifest
+from barlow.data.expectations import Outcome
+from barlow.reporting import pictures
+from barlow.settings.params import Params
 
 SUMMARY = files.REPORTS / "validation.json"
 DOCS = files.REPORTS / "data_docs"

@@ -1,0 +1,112 @@
+"""What an image file is: everything that the manifest says of it that only reading and decoding it tells."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import signal
+import stat
+import threading
+from collections.abc import Generator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from tqdm import tqdm
+
+from barlow.core import files, images
+from barlow.core.errors import UserError
+from barlow.data import manifest
+
+FACTS = pa.schema([field for field in manifest.SCHEMA if field.name not in ("path", "split", "label", "bytes")])
+CHUNK = 64  # files handed to a process at a time
+
+
+def read_all(root: Path, paths: list[str], max_pixels: int) -> Generator[pa.RecordBatch, None, None]:
+    """Yield the FACTS of files, in their order and a chunk at a time, read by all processors; shows a progress bar.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+    read = partial(read_chunk, root, max_pixels=max_pixels)
+    with tqdm(total=len(paths), desc="ingest", unit="image", disable=None) as progress:
+        for chunk, batch in zip(chunks, _map(read, chunks), strict=True):
+            progress.update(len(chunk))
+            yield batch
+
+
+def _map(read: Any, chunks: list[list[str]]) -> Generator[pa.RecordBatch, None, None]:
+    if len(chunks) <= 1:
+        yield from map(read, chunks)
+        return
+    # Not fork: torch, tqdm or a test runner may have started threads in this process.
+    with ProcessPoolExecutor(files.cpus(), get_context("forkserver"), _follow_parent) as pool:
+        try:
+            yield from pool.map(read, chunks)
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that decodes images was killed, most likely for want of memory; lower data.max_pixels"
+            ) from None
+
+
+def _follow_parent() -> None:
+    """Leave Ctrl-C to the parent process, and end when that ends, even if it was killed."""
+
+    def follow() -> None:
+        parent = parent_process()
+        assert parent
+        parent.join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def read_chunk(root: Path, paths: list[str], max_pixels: int) -> pa.RecordBatch:
+    """Read and decode some files; returns their FACTS."""
+    return pa.RecordBatch.from_pylist([_read_image(root / path, max_pixels) for path in paths], FACTS)
+
+
+def _read_image(path: Path, max_pixels: int) -> dict[str, Any]:
+    """Return the FACTS of one file; whatever is wrong with it becomes its `error`, short and without the path."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return {"error": "not a regular file"}
+        if status.st_size > 16_000_000 + 8 * max_pixels:  # 16-bit RGBA: no need to take a film into memory
+            return {
+                "sha256": files.sha256(path),
+                "error": f"{status.st_size} bytes, more than data.max_pixels can fill",
+            }
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return {"error": "no such file, or a name that is not UTF-8"}
+    except (OSError, ValueError) as error:
+        return {"error": f"cannot be read: {getattr(error, 'strerror', None) or error}"}
+    facts: dict[str, Any] = {"sha256": hashlib.sha256(content).hexdigest()}
+    if not content:
+        return facts | {"error": "empty file"}
+    try:
+        image = images.open_image(content, max_pixels, images.INGESTED)
+        orientation = image.getexif().get(0x0112)
+        histogram = np.array(Image.fromarray(images.to_rgb(image)).convert("L").histogram())
+    except Exception as error:  # a broken file can make a decoder raise anything
+        return facts | {"error": " ".join(str(error).split())[:200] or type(error).__name__}
+    n, total, squares = (int((np.arange(256) ** power * histogram).sum()) for power in (0, 1, 2))
+    return facts | {
+        "width": image.width,
+        "height": image.height,
+        "mode": image.mode,
+        "format": image.format,
+        "brightness": round(total / n, 3),
+        "contrast": round(math.sqrt(n * squares - total**2) / n, 3),  # exact integers under the root
+        "orientation": orientation if orientation in range(1, 9) else 1,
+    }

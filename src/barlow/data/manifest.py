@@ -1,0 +1,78 @@
+"""The manifest: one row for every file found, and the only thing that the stages after ingest know about the source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from barlow.core import files
+from barlow.core.errors import UserError
+from barlow.settings import params
+
+SPLITS = ("pretrain", "train", "val", "test")
+SCHEMA = pa.schema(
+    [
+        pa.field(
+            "path", pa.string(), nullable=False
+        ),  # posix, relative to root(params.data); an absolute one in a table
+        pa.field("split", pa.string(), nullable=False),  # one of SPLITS; `train` is labelled, always
+        pa.field("label", pa.string()),  # the class's name
+        pa.field("width", pa.int32()),  # px, as stored: before the EXIF orientation is applied
+        pa.field("height", pa.int32()),
+        pa.field("mode", pa.string()),  # as Pillow names them, like format
+        pa.field("format", pa.string()),
+        pa.field("bytes", pa.int64()),
+        pa.field("sha256", pa.string()),  # of the file, in hex
+        pa.field("brightness", pa.float64()),  # mean of the grey image, 0 to 255
+        pa.field("contrast", pa.float64()),  # its standard deviation
+        pa.field("orientation", pa.int8()),  # EXIF, 1 to 8
+        pa.field("error", pa.string()),  # why it did not decode; null where it did
+    ]
+)
+
+
+def read(path: Path = files.MANIFEST) -> pa.Table:
+    """Read a manifest, or the accepted part of one; a missing one is a UserError."""
+    if not path.exists():
+        raise UserError(f"{path} is missing; run `barlow {'ingest' if path == files.MANIFEST else 'validate'}` first")
+    return pq.read_table(path)
+
+
+def write(table: pa.Table, path: Path = files.MANIFEST) -> None:
+    """Write a manifest sorted by path: the same rows, in any order, give the same bytes."""
+    table = table.select(SCHEMA.names).sort_by("path").combine_chunks().cast(SCHEMA)
+    with files.replacing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def root(data: params.Data) -> Path:
+    """Return the folder that the manifest's paths are relative to."""
+    if is_made(data.source):
+        return files.RAW
+    source = Path(data.source).expanduser()
+    return source.parent if is_table(source) else source
+
+
+def is_made(source: str) -> bool:
+    """Tell whether ingest itself makes or downloads the images."""
+    return source == "synthetic" or source.startswith("torchvision:")
+
+
+def is_table(source: Path) -> bool:
+    """Tell whether the source is a list of images in a .csv or .parquet file."""
+    return source.suffix.lower() in (".csv", ".parquet") and not source.is_dir()
+
+
+def hash_split(sha256: Iterable[str], val_fraction: float, test_fraction: float) -> np.ndarray[Any, np.dtype[np.str_]]:
+    """Return `test`, `val` or `train` for each content hash, (n,).
+
+    A hash's first 32 bits, as a fraction, decide alone: more images move none of the earlier ones, and copies of one
+    image stay together.
+    """
+    u = np.frombuffer(bytes.fromhex("".join(digest[:8] for digest in sha256)), ">u4") / 2**32
+    return np.select([u < test_fraction, u < test_fraction + val_fraction], ["test", "val"], "train")

@@ -1,0 +1,1 @@
+"""What runs on onnxruntime alone: the exported encoder, search, the registry."""

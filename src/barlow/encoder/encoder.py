@@ -1,0 +1,149 @@
+"""The exported encoder in onnxruntime: images of any kind and size to embeddings, with no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+from barlow.core import files
+from barlow.core.errors import UserError
+from barlow.core.images import decode, to_rgb
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3)
+Vectors = np.ndarray[Any, np.dtype[np.float32]]  # (n, dim) or (n, classes)
+
+MAX_PIXELS = 100_000_000  # of a file that is decoded here
+LARGE = 2_000_000  # pixels of a batch after which onnxruntime gives its memory back; it would keep it for ever
+BATCH_PIXELS = 16_000_000  # of all images in a batch: the resize inside the network holds them as float32, 200 MB
+
+
+class Encoder:
+    """An exported encoder; images of any size to embeddings.
+
+    Attributes:
+        dim: length of an embedding.
+        classes: names of the classes, or None where no head was fitted.
+        metadata: what `barlow export` wrote into the file: version, hashes, image size, embedding space.
+    """
+
+    def __init__(self, path: Path | str = files.ONNX, threads: int | None = None) -> None:
+        """Load `path`, with as many threads as the process may use processors unless told otherwise.
+
+        Raises:
+            UserError: the file is missing, damaged or was not written by `barlow export`.
+        """
+        if not Path(path).is_file():
+            raise UserError(f"{path} is missing; run `barlow export`, or name another file with --model")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or files.cpus()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it takes the other processes' time
+        options.enable_mem_pattern = False  # a pattern is kept for each new shape of input, for ever
+        options.log_severity_level = 3
+        known = onnxruntime.get_available_providers()
+        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in known]
+        try:
+            self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} is not a whole ONNX file ({reason}); run `barlow export` again") from None
+        inputs = [(value.name, value.type, len(value.shape)) for value in self._session.get_inputs()]
+        outputs = {value.name: value.shape[-1] for value in self._session.get_outputs()}
+        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        if inputs != [("images", "tensor(uint8)", 4)] or "embedding" not in outputs or "space" not in self.metadata:
+            raise UserError(f"{path} was not written by `barlow export` (inputs {inputs}, outputs {[*outputs]})")
+        self.dim: int = outputs["embedding"]
+        self._large = onnxruntime.RunOptions()
+        self._large.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self.classes: list[str] | None = json.loads(self.metadata["classes"]) if "logits" in outputs else None
+
+    def embed(self, images: Iterable[Any], batch_size: int = 64) -> Vectors:
+        """Return the embeddings (n, dim) of uint8 arrays (height, width, 3) or (height, width), PIL images or paths.
+
+        Raises:
+            ValueError: an image is something else, or a file cannot be decoded.
+        """
+        parts = [embeddings for embeddings, _ in self.run(images, batch_size)]
+        return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
+
+    def classify(self, images: Iterable[Any], batch_size: int = 64) -> Vectors | None:
+        """Return the logits (n, classes), or None where no head was fitted; raises as `embed` does."""
+        if self.classes is None:
+            return None
+        parts = [logits for _, logits in self.run(images, batch_size) if logits is not None]
+        return np.concatenate([np.empty((0, len(self.classes)), np.float32), *parts])
+
+    def run(self, images: Iterable[Any], batch_size: int = 64) -> Iterator[tuple[Vectors, Vectors | None]]:
+        """Yield (embeddings, logits) a batch, in order; of the images, one batch is held at a time."""
+        for batch in batches(map(_pixels, _several(images)), batch_size):
+            by_shape = defaultdict(list)
+            for row, image in enumerate(batch):
+                by_shape[image.shape].append(row)
+            embeddings = np.empty((len(batch), self.dim), np.float32)
+            logits = np.empty((len(batch), len(self.classes)), np.float32) if self.classes is not None else None
+            outputs = {"embedding": embeddings} if logits is None else {"embedding": embeddings, "logits": logits}
+            for rows in by_shape.values():
+                stacked = np.stack([batch[row] for row in rows])
+                options = self._large if stacked.size > 3 * LARGE else None
+                found = self._session.run([*outputs], {"images": stacked}, options)
+                for output, values in zip(outputs, found, strict=True):
+                    outputs[output][rows] = values
+            yield embeddings, logits
+
+
+def _several(images: Any) -> Iterable[Any]:
+    """Refuse a single image: its rows, or a name's letters, would pass for images."""
+    one = isinstance(images, (str, os.PathLike, Image.Image))
+    if one or (isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] == 3):
+        raise ValueError("one image where several are expected; write [image]")
+    return images  # type: ignore[no-any-return]
+
+
+def _pixels(image: Any) -> Pixels:
+    """Return one image as uint8 (height, width, 3)."""
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            return decode(Path(image).read_bytes(), MAX_PIXELS)
+        except ValueError as error:
+            raise ValueError(f"{image}: {error}") from None
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size > 0:
+        if image.ndim == 2:
+            return np.repeat(image[:, :, None], 3, axis=2)
+        if image.ndim == 3 and image.shape[2] == 3:
+            return image
+    got = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+    raise ValueError(
+        f"an image must be a uint8 array (height, width, 3) or (height, width), a PIL image or a path; got {got}"
+    )
+
+
+def batches(pixels: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:
+    """Cut into lists of at most `size` images and, but for one larger image alone, BATCH_PIXELS pixels."""
+    batch: list[Pixels] = []
+    for image in pixels:
+        if batch and (len(batch) >= size or sum(held.size for held in batch) + image.size > 3 * BATCH_PIXELS):
+            yield batch
+            batch = []
+        batch.append(image)
+    if batch:
+        yield batch
+
+
+def softmax(logits: Vectors) -> Vectors:
+    """Return the probabilities over the last axis."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
+
+
+def top1(logits: Vectors, classes: Sequence[str]) -> tuple[list[str], Vectors]:
+    """Return the most probable class of each row and its softmax probability."""
+    return [classes[index] for index in logits.argmax(axis=1)], softmax(logits).max(axis=1)

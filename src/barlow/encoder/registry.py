@@ -1,0 +1,206 @@
+"""The registry: immutable versions of the encoder, and which of them is in production. Needs no package.
+
+versions/v1/      encoder.onnx, card.json, README.md (the card for people), decision.json, reference.npy and, where
+                  `barlow export` made them of this encoder, int8.onnx and fp16.onnx
+production        a link to one of them, replaced in one step; production/encoder.onnx is what to serve
+withdrawn.json    versions that were rolled back, which `barlow promote` does not bring back by itself
+log/              a JSON file for each decision and each rollback
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from barlow.core import files
+from barlow.core.errors import Interrupted, UserError
+
+
+class Version(NamedTuple):
+    """A version of the encoder, which never changes."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Return `v` and its number."""
+        return self.path.name
+
+    @property
+    def number(self) -> int:
+        """Return its number, 1 for the first."""
+        return int(self.name[1:])
+
+    @property
+    def onnx(self) -> Path:
+        """Return the encoder."""
+        return self.path / "encoder.onnx"
+
+    @property
+    def reference(self) -> Path:
+        """Return the embeddings of images that it was trained on, float32 (n, dim)."""
+        return self.path / "reference.npy"
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Return what is known of it: `sha256` of encoder.onnx, `space`, `classes`, `replaces`, metrics and more.
+
+        `reduced` are the SHA-256 of the files of lower precision, by name.
+        """
+        return files.read_json(self.path / "card.json")  # type: ignore[no-any-return]
+
+    def damage(self) -> str | None:
+        """Say what is wrong with its files, if anything is."""
+        try:
+            wanted = {self.onnx.name: self.card["sha256"], **self.card.get("reduced", {})}
+            for name, sha256 in wanted.items():
+                if files.sha256(self.path / name) != sha256:
+                    return f"{self.path / name} has another SHA-256 than its card says"
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{self.path} cannot be read ({error})"
+
+
+class Registry:
+    """The versions in a folder, which several clones and machines may share. What writes holds the lock."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self._pointer = self.folder / "production"
+        self._withdrawn = self.folder / "withdrawn.json"
+
+    def versions(self) -> list[Version]:
+        """Return all versions, the oldest first."""
+        found = [path for path in self.folder.glob("versions/v*") if re.fullmatch(r"v\d+", path.name)]
+        return sorted(map(Version, found), key=lambda version: version.number)
+
+    def version(self, name: str) -> Version:
+        """Return a version by its name; raises UserError where there is none."""
+        for version in self.versions():
+            if version.name == name:
+                return version
+        known = ", ".join(version.name for version in self.versions()) or "none"
+        raise UserError(f"{self.folder} has no version {name}; it has: {known}")
+
+    def production(self) -> Version | None:
+        """Return the version in production, None before the first; raises UserError where it is no longer there."""
+        if not self._pointer.is_symlink():
+            return None
+        name = self._pointer.readlink().name
+        try:
+            return self.version(name)
+        except UserError as error:
+            raise UserError(
+                f"{error}, and it is in production; `barlow rollback VERSION` to one that is there"
+            ) from None
+
+    def find(self, sha256: str) -> Version | None:
+        """Return the version with this very encoder.onnx, if there is one."""
+        for version in reversed(self.versions()):
+            with suppress(OSError, ValueError, KeyError):  # a damaged card
+                if version.card["sha256"] == sha256 and not version.damage():
+                    return version
+        return None
+
+    def before(self, version: Version) -> Version | None:
+        """Return the nearest version that was in production before `version`, is intact and was not rolled back."""
+        earlier = self.versions()
+        while earlier := [known for known in earlier if known.number < version.number]:
+            try:
+                version = next(known for known in earlier if known.name == version.card["replaces"])
+            except (OSError, ValueError, KeyError, StopIteration):  # its card is damaged: go by the numbers
+                version = earlier[-1]
+            if not version.damage() and version.name not in self.withdrawn():
+                return version
+        return None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from changing the registry.
+
+        Raises:
+            Interrupted: another one is changing it.
+            UserError: the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"promote.registry={self.folder} cannot be written ({error.strerror})") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise Interrupted(f"another process is promoting in {self.folder}; run again when it is done") from None
+            yield
+
+    def add(self, contents: Mapping[str, Path | str | bytes], card: Mapping[str, Any]) -> Version:
+        """Add a version, whole or not at all: files by name (a path is copied) and the card; its number is the next.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        folder = self.folder / "versions"
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob(".*.tmp"):  # of a process that was killed; this one holds the lock
+            shutil.rmtree(left)
+        name = f"v{max([version.number for version in self.versions()], default=0) + 1}"
+        temporary = folder / f".{name}.tmp"
+        try:
+            temporary.mkdir()
+            for file, content in contents.items():
+                _write(temporary / file, content)
+            files.write_json(temporary / "card.json", {**card, "version": name})
+            for path in temporary.iterdir():
+                path.chmod(0o444)
+            files.sync(temporary)
+            temporary.rename(folder / name)
+            files.sync(folder)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            needed = sum(c.stat().st_size if isinstance(c, Path) else len(c) for c in contents.values())
+            raise UserError(f"{folder}: no space for {name}, {needed:,} bytes; production is as it was") from None
+        return Version(folder / name)
+
+    def point(self, version: Version) -> None:
+        """Put a version into production, in one step."""
+        temporary = self.folder / ".production.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(Path("versions") / version.name)
+        temporary.replace(self._pointer)
+        files.sync(self.folder)
+
+    def withdrawn(self) -> dict[str, str]:
+        """Return when each version was rolled back."""
+        return files.read_json(self._withdrawn) if self._withdrawn.exists() else {}
+
+    def withdraw(self, version: Version | None, instead: Version) -> None:
+        """Note that `version` was rolled back, and that `instead` is wanted again."""
+        left = {name: when for name, when in self.withdrawn().items() if name != instead.name}
+        files.write_json(self._withdrawn, left | ({version.name: now()} if version else {}))
+
+    def log(self, what: str, entry: Mapping[str, Any]) -> None:
+        """Keep an entry for those who ask later what happened."""
+        files.write_json(self.folder / "log" / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S%fZ}-{what}.json", entry)
+
+
+def now() -> str:
+    """Return the time in UTC, to the second, as ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _write(path: Path, content: Path | str | bytes) -> None:
+    if isinstance(content, Path):
+        shutil.copyfile(content, path)
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    files.sync(path)

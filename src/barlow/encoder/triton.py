@@ -1,0 +1,48 @@
+"""A model repository for Triton Inference Server (`tritonserver --model-repository models/triton`).
+
+It is for deployments that outgrow `barlow serve`, which speaks the same protocol.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from barlow.core import files
+from barlow.encoder.encoder import Encoder
+
+MAX_BATCH = 64
+QUEUE_DELAY = 500  # microseconds that an image waits for others
+
+CONFIG = """\
+name: "encoder"
+platform: "onnxruntime_onnx"
+max_batch_size: {max_batch}
+input [ {{ name: "images" data_type: TYPE_UINT8 dims: [ -1, -1, 3 ] }} ]
+output [
+  {outputs}
+]
+dynamic_batching {{ max_queue_delay_microseconds: {delay} }}
+"""
+
+
+def write(onnx: Path, repository: Path) -> None:
+    """Write `encoder/config.pbtxt`, `encoder/1/model.onnx` and, where there are classes, their names for the logits.
+
+    Triton makes batches of requests whose images have one size.
+    """
+    encoder = Encoder(onnx)
+    names = repository / "encoder/classes.txt"
+    outputs = [f'{{ name: "embedding" data_type: TYPE_FP32 dims: [ {encoder.dim} ] }}']
+    (repository / "encoder/1").mkdir(parents=True, exist_ok=True)
+    if encoder.classes is not None:
+        shape = f"data_type: TYPE_FP32 dims: [ {len(encoder.classes)} ]"
+        outputs.append(f'{{ name: "logits" {shape} label_filename: "classes.txt" }}')
+        with files.replacing(names) as temporary:
+            temporary.write_text("\n".join(encoder.classes) + "\n", encoding="utf-8")
+    else:
+        names.unlink(missing_ok=True)
+    with files.replacing(repository / "encoder/1/model.onnx") as temporary:
+        shutil.copyfile(onnx, temporary)
+    with files.replacing(repository / "encoder/config.pbtxt") as temporary:
+        temporary.write_text(CONFIG.format(max_batch=MAX_BATCH, outputs=",\n  ".join(outputs), delay=QUEUE_DELAY))

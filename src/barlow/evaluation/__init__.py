@@ -1,0 +1,1 @@
+"""What embeddings are worth: probes, nearest neighbours, confidence intervals, tables."""

@@ -1,0 +1,1 @@
+"""What decides on production: the gate, git tags, tests for drift."""

@@ -1,0 +1,157 @@
+"""The gate: may this encoder replace the one in production? Both embed the same images in one run.
+
+The linear probe and kNN are learnt afresh for each encoder, from the same train images and with the same settings, and
+read on the same test images. So the two accuracies differ by the images that only one of them gets right, and the
+interval of their difference is far narrower than those of the two.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from barlow.core import files, images, webdataset
+from barlow.core.errors import Refused
+from barlow.encoder.encoder import Encoder, Vectors
+from barlow.evaluation import features, probe
+from barlow.evaluation.features import Split, labelled, through
+from barlow.settings.params import Params
+
+HEALTH_IMAGES = 2000  # whose embeddings are looked at for their spread
+TIMED_RUNS = 51
+
+
+class Check(NamedTuple):
+    """One condition."""
+
+    name: str
+    passed: bool
+    text: str  # what was found, and the bound
+
+
+@dataclass(frozen=True)
+class Read:
+    """What an encoder makes of the splits; no labels, no predictions."""
+
+    val: Tensor  # float32 (val images, dim)
+    test: Split
+    right: dict[str, Tensor]  # "linear" and "knn": bool (labelled test images,)
+
+    def figures(self) -> dict[str, float]:
+        """Return what a person compares: top-1 in percent with intervals, effective rank and spread."""
+        found = {"effective_rank": probe.effective_rank(self.val), "std": probe.spread(self.val)}
+        for name, right in self.right.items():
+            top1 = 100 * float(right.double().mean())
+            low, high = probe.wilson_interval(top1, len(right))
+            found |= {f"{name}_top1": top1, f"{name}_top1_low": low, f"{name}_top1_high": high}
+        return found
+
+
+def read(encoder: Encoder, params: Params) -> Read:
+    """Embed the splits and, where train, val and test all have labels, learn from train and predict test.
+
+    Raises:
+        Refused: an embedding is not finite; the message names the image.
+    """
+    p, classes = params.evaluate, len(webdataset.classes())
+    train, val = (embed(encoder, labelled(name)) for name in ("train", "val"))
+    test = embed(encoder, labelled("test"))
+    if not test.keys:
+        test = embed(encoder, islice(webdataset.read(webdataset.tars("test")), HEALTH_IMAGES))
+    right = {}
+    if train.keys and val.keys and test.keys and int(test.labels[0]) >= 0:
+        found = probe.predict(train[:2], val[:2], test.features, classes, p.probe_l2, p.knn_k, p.knn_temperature)
+        right = {"linear": found.linear == test.labels, "knn": found.knn == test.labels}
+    tars = [tar for split in ("val", "pretrain") for tar in webdataset.tars(split)]  # few may be held out
+    return Read(embed(encoder, islice(webdataset.read(tars), HEALTH_IMAGES)).features, test, right)
+
+
+def embed(encoder: Encoder, samples: Iterator[webdataset.Sample]) -> Split:
+    """Embed images with onnxruntime; raises Refused as `read` does."""
+    split = through(samples, images.decode, lambda pixels: torch.from_numpy(encoder.embed(pixels)), encoder.dim)
+    for key, finite in zip(split.keys, split.features.isfinite().all(1).tolist(), strict=True):
+        if not finite:
+            raise Refused(f"the embedding of image {key} has a NaN or an infinity")
+    return split
+
+
+def alone(test: Split, figures: dict[str, float], size: int, params: Params) -> Iterator[Check]:
+    """Yield what an encoder must be, whatever is in production; `figures` are `Read`'s, `size` is in bytes."""
+    p = params.promote
+    yield _at_least(
+        "health: effective rank", figures["effective_rank"], p.min_effective_rank, "promote.min_effective_rank"
+    )
+    yield _at_least("health: standard deviation", figures["std"], p.min_std, "promote.min_std")
+    yield parity(test, params.export.min_cosine)
+    yield Check("size", size <= p.max_bytes, f"{size:,} bytes, at most promote.max_bytes={p.max_bytes:,}")
+
+
+def parity(test: Split, min_cosine: float) -> Check:
+    """Compare onnxruntime's embeddings of the test images with those that torch left in data/features."""
+    wanted = features.load("pretrained", "test")
+    if wanted.keys != test.keys or wanted.features.shape != test.features.shape:
+        return Check("parity", False, f"{files.FEATURES} are of other images or another encoder; run `dvc repro`")
+    if not test.keys:
+        return Check("parity", True, "no test images; `barlow export` has compared others")
+    cosine = float(torch.nn.functional.cosine_similarity(test.features.double(), wanted.features.double()).min())
+    return _at_least("parity: smallest cosine to torch", cosine, min_cosine, "export.min_cosine")
+
+
+def against(challenger: Read, champion: Read, params: Params) -> Iterator[Check]:
+    """Yield whether the challenger is not worse: the paired interval of the difference lies above -promote.margin."""
+    margin = params.promote.margin
+    for name, right in challenger.right.items():
+        better = int((right & ~champion.right[name]).sum())
+        worse = int((~right & champion.right[name]).sum())
+        difference = 100 * (better - worse) / len(right)
+        low, high = probe.paired_interval(better, worse, len(right))
+        text = (
+            f"{difference:+.1f} points ({low:+.1f} to {high:+.1f}), the lower end at least -promote.margin={-margin:g}"
+        )
+        yield Check(f"{name}: difference to production", low >= -margin, text)
+
+
+def same_classes(challenger: Encoder, champion: Encoder, allowed: bool) -> Iterator[Check]:
+    """Yield a check where the lists of classes, which the logits are of, are not the same."""
+    if challenger.classes != champion.classes:
+        before, after = (", ".join(encoder.classes or ["none"]) for encoder in (champion, challenger))
+        setting = f"promote.allow_other_classes={str(allowed).lower()}"
+        yield Check("classes", allowed, f"{before} became {after}; {setting}")
+
+
+def latency(challenger: Encoder, champion: Encoder | None, params: Params) -> Iterator[Check]:
+    """Time one image alone, both encoders in turn, at the size that the challenger works at."""
+    p, side = params.promote, int(challenger.metadata.get("image_size", 224))
+    picture = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
+    encoders = [challenger] if champion is None else [challenger, champion]
+    times: list[list[float]] = [[] for _ in encoders]
+    for run in range(TIMED_RUNS + 1):
+        for encoder, taken in zip(encoders, times, strict=True):
+            start = time.perf_counter()
+            encoder.embed(picture)
+            taken += [1000 * (time.perf_counter() - start)] * (run > 0)  # the first one allocates
+    own, *others = map(statistics.median, times)
+    text = f"{own:.2f} ms, at most promote.max_latency_ms={p.max_latency_ms:g}"
+    yield Check("latency", own <= p.max_latency_ms, text)
+    for other in others:
+        text = f"{own / other:.2f} times production's {other:.2f} ms, at most {p.max_latency_ratio:g}"
+        yield Check("latency: ratio", own <= p.max_latency_ratio * other, f"{text} (promote.max_latency_ratio)")
+
+
+def reference(encoder: Encoder, n: int) -> Vectors:
+    """Return the embeddings of `n` of the images that were pretrained on, drawn with a fixed seed."""
+    samples = webdataset.Samples(webdataset.tars("pretrain"))
+    chosen = np.sort(np.random.default_rng(0).permutation(len(samples))[:n])
+    return encoder.embed(images.decode(data.tobytes()) for data in samples.read(chosen))
+
+
+def _at_least(name: str, found: float, bound: float, key: str) -> Check:
+    return Check(name, found >= bound, f"{found:.6g}, at least {key}={bound:g}")  # a NaN does not pass

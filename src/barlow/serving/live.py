@@ -1,0 +1,153 @@
+"""The model that is served, and how another takes its place while requests go on."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import json
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from barlow.core.errors import UserError
+from barlow.encoder.encoder import Encoder
+from barlow.encoder.registry import Version
+from barlow.encoder.search import Index
+from barlow.serving.engine import Engine
+from barlow.serving.metrics import Metrics
+from barlow.settings.flags import Settings
+
+POLL_SECONDS = 1.0
+logger = logging.getLogger("uvicorn.error")
+Seen = tuple[str, int, int, int]
+
+
+class Served:
+    """A model that passed its checks, with its queue and, if there is one of its space, an index."""
+
+    def __init__(self, path: Path, folder: Path, settings: Settings, metrics: Metrics) -> None:
+        """Load, check and warm up.
+
+        Raises:
+            UserError: the file is not what it should be; the message says what.
+        """
+        real = Path(os.path.realpath(path))  # unlike resolve(), also of links that lead in a circle
+        version = Version(real.parent)
+        self.name = real.name
+        if (real.parent / "card.json").exists():  # it lies in a registry
+            self.name = version.name
+            if damage := version.damage():
+                raise UserError(f"{path}: {damage}")
+            path = real  # the link may lead elsewhere by now
+        self.encoder = encoder = Encoder(path, settings.threads)
+        _check(encoder, path)
+        self.space = encoder.metadata["space"]
+        self.index: Index | None = None
+        self._index_path = folder / f"{self.space}.npz"
+        self._index_seen: Seen | None = None
+        self.engine = Engine(encoder, settings, metrics)
+
+    def look_for_index(self) -> bool:
+        """Read the index if it is there and another than before; say whether it was. A bad one is logged."""
+        seen = signature(self._index_path)
+        if seen == self._index_seen:
+            return False
+        self._index_seen = seen
+        try:
+            self.index = Index(self._index_path, self.space) if seen else None
+        except Exception as error:  # whatever is wrong with it, there is still the model
+            logger.warning("no search: %s", error)
+            self.index = None
+        return True
+
+
+class Live:
+    """Watches a file, which may be a link (a registry's production/encoder.onnx), and its index."""
+
+    def __init__(self, path: Path, index: Path, settings: Settings, metrics: Metrics) -> None:
+        """Load the model; raises UserError where it cannot be used."""
+        self._path, self._folder, self._settings, self._metrics = path, index, settings, metrics
+        self._seen = signature(path)
+        self.current = Served(path, index, settings, metrics)
+        self.current.look_for_index()
+        self._tell()
+
+    async def watch(self) -> None:
+        """Look again and again; never ends."""
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            try:
+                await self.look()
+            except Exception:  # a service that no longer looks would be stale for ever, and say nothing
+                logger.exception("looking for a new model failed")
+
+    async def look(self) -> None:
+        """If the file is another one, load and check it beside the old one, and swap; a bad one changes nothing."""
+        seen = await asyncio.to_thread(signature, self._path)
+        if seen != self._seen:
+            self._seen = seen
+            try:
+                new = await asyncio.to_thread(Served, self._path, self._folder, self._settings, self._metrics)
+                await asyncio.to_thread(new.look_for_index)
+            except Exception as error:
+                self._metrics.reloads.labels("refused").inc()
+                logger.error("%s is refused, and %s goes on: %s", self._path, self.current.name, error)
+                return
+            old, self.current = self.current, new
+            self._tell()
+            self._metrics.reloads.labels("done").inc()
+            logger.info("%s (space %s) replaces %s", new.name, new.space, old.name)
+            await old.engine.close()
+            del old
+            await asyncio.to_thread(_free)
+        elif await asyncio.to_thread(self.current.look_for_index):
+            self._tell()
+            logger.info("index: %d images", len(self.current.index or ()))
+
+    async def close(self) -> None:
+        """Answer what was asked, and end."""
+        await self.current.engine.close()
+
+    def _tell(self) -> None:
+        self._metrics.model.clear()
+        self._metrics.model.labels(self.current.name, self.current.space).set(1)
+        self._metrics.index.set(len(self.current.index or ()))
+
+
+def signature(path: Path) -> Seen | None:
+    """Return what differs when another file is there: where links lead, inode, size and time; None where is none."""
+    try:
+        real = path.resolve(strict=True)
+        status = real.stat()
+    except (OSError, RuntimeError):  # the latter: links that lead in a circle
+        return None
+    return str(real), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check(encoder: Encoder, path: Path) -> None:
+    """Run the network, which also allocates what requests would wait for: finite, and the same alone and in a batch."""
+    text = encoder.metadata.get("image_size", "32")
+    side = int(text) if text.isdigit() else 32
+    pictures = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    try:
+        together, alone = encoder.embed(pictures), encoder.embed(pictures, batch_size=1)
+        logits = encoder.classify(pictures)
+    except Exception as error:
+        raise UserError(f"{path} cannot be run ({' '.join(str(error).split())[:200]})") from None
+    if not np.isfinite(together).all() or (logits is not None and not np.isfinite(logits).all()):
+        raise UserError(f"{path} gives NaN or infinity")
+    if together.shape != (3, encoder.dim) or not np.allclose(together, alone, rtol=1e-3, atol=1e-3):
+        raise UserError(f"{path} gives an image another embedding in a batch than alone")
+    if encoder.classes is not None and len(encoder.classes) != (logits.shape[1] if logits is not None else 0):
+        raise UserError(f"{path} has other logits than classes {json.dumps(encoder.classes)}")
+
+
+def _free() -> None:
+    """Give the memory of a model that is gone back to the system; the C library would keep it."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,256 @@
+"""The schema of `params.yaml`, one frozen dataclass a section; `strict` builds it and words what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from barlow.core.errors import UserError
+from barlow.settings.strict import Range, build, read_yaml
+
+PARAMS = Path("params.yaml")
+
+
+Count = Annotated[int, Range(0)]
+Positive = Annotated[int, Range(1)]
+Fraction = Annotated[float, Range(0, 1)]
+Share = Annotated[float, Range(1e-6, 0.999)]
+NonNegative = Annotated[float, Range(0)]
+Above0 = Annotated[float, Range(1e-12)]
+FractionPair = tuple[Fraction, Fraction]
+PositivePair = tuple[Above0, Above0]
+Ablation = Literal["normalisation", "invariance", "stop-gradient"]
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """The embedded default data set."""
+
+    seed: Count
+    size: Annotated[int, Range(16)]
+    unlabelled: Count
+    train: Count
+    val: Count
+    test: Count
+    defects: Count
+
+
+@dataclass(frozen=True)
+class Data:
+    """The `ingest` stage."""
+
+    source: str
+    labels: Literal["folders", "none"]
+    val_fraction: Fraction
+    test_fraction: Fraction
+    max_pixels: Positive
+    synthetic: Synthetic
+
+
+@dataclass(frozen=True)
+class Validate:
+    """The `validate` stage."""
+
+    min_accepted_fraction: Fraction
+    min_decodable_fraction: Fraction
+    max_duplicate_fraction: Fraction
+    min_side: Positive
+    max_side: Positive
+    max_bytes: Positive
+    modes: tuple[str, ...]
+    formats: tuple[Literal["BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP"], ...]
+    min_images_per_class: Count
+    brightness: tuple[NonNegative, NonNegative]
+    min_contrast: NonNegative
+    max_drift: Fraction
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The `shard` stage."""
+
+    seed: Count
+    max_bytes: Positive
+    max_side: Positive | None
+
+
+@dataclass(frozen=True)
+class Views:
+    """The two distortions of each image; a pair of probabilities is [view A, view B]."""
+
+    size: Annotated[int, Range(8)]
+    crop_area: tuple[Annotated[float, Range(1e-3, 1)], Annotated[float, Range(1e-3, 1)]]
+    crop_ratio: PositivePair
+    flip: Fraction
+    jitter: Fraction
+    brightness: Fraction
+    contrast: Fraction
+    saturation: Fraction
+    hue: Annotated[float, Range(0, 0.5)]
+    grayscale: Fraction
+    blur: FractionPair
+    blur_sigma: PositivePair
+    solarize: FractionPair
+    mean: tuple[float, float, float]
+    std: tuple[Above0, Above0, Above0]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network: backbone and projector."""
+
+    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"]
+    stem: Literal["imagenet", "small", "stride"]
+    projector: tuple[Positive, ...]
+    zero_init_residual: bool
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """The `pretrain` stage."""
+
+    seed: Count
+    epochs: Positive
+    batch_size: Annotated[int, Range(2)]
+    lambd: NonNegative
+    ablate: Ablation | None
+    lr_weights: NonNegative
+    lr_biases: NonNegative
+    final_lr: Fraction
+    warmup_epochs: NonNegative
+    momentum: Fraction
+    weight_decay: NonNegative
+    trust_coefficient: Above0
+    clip: bool
+    precision: Literal["bf16", "fp32", "auto"]
+    device: Literal["cpu", "cuda", "auto"]
+    processes: Positive | None
+    compile: bool
+    checkpoint_seconds: NonNegative
+    checkpoint_steps: Positive | None
+    knn_epochs: Positive | None
+    min_std: Fraction
+    max_correlation: Fraction
+
+
+@dataclass(frozen=True)
+class Extract:
+    """The `extract` stage."""
+
+    seed: Count
+    baselines: bool
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """The `evaluate` stage."""
+
+    seed: Count
+    knn_k: Positive
+    knn_temperature: Above0
+    probe_l2: tuple[NonNegative, ...]
+    labels_per_class: tuple[Positive, ...]
+    label_shares: tuple[Share, ...]
+    draws: Count
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """The `finetune` stage."""
+
+    seed: Count
+    label_shares: tuple[Share, ...]
+    draws: Positive
+    steps: Positive
+    batch_size: Annotated[int, Range(2)]
+    lr: tuple[Above0, ...]
+    momentum: Fraction
+    weight_decay: NonNegative
+    supervised_budget: NonNegative
+
+
+@dataclass(frozen=True)
+class Export:
+    """The `export` stage."""
+
+    opset: Annotated[int, Range(18, 23)]
+    parity_images: Annotated[int, Range(3)]
+    min_cosine: Fraction
+    calibration_images: Positive
+    max_accuracy_loss: Annotated[float, Range(0, 100)]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The `report` stage."""
+
+    images: Positive
+
+
+@dataclass(frozen=True)
+class Promote:
+    """`barlow promote`: the gate between an encoder and production."""
+
+    registry: str
+    margin: Annotated[float, Range(0, 100)]
+    min_effective_rank: NonNegative
+    min_std: Fraction
+    max_latency_ms: Above0
+    max_latency_ratio: Above0
+    max_bytes: Positive
+    allow_other_classes: bool
+    reference_images: Annotated[int, Range(10)]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """`barlow drift`: whether recent images are still like those of training."""
+
+    recent: str | None
+    seed: Count
+    max_images: Annotated[int, Range(10)]
+    min_images: Annotated[int, Range(10)]
+    max_auc: Annotated[float, Range(0.5, 1)]
+    max_p: Fraction
+    breaches: Positive
+
+
+@dataclass(frozen=True)
+class Params:
+    """The whole of `params.yaml`."""
+
+    data: Data
+    validate: Validate
+    shard: Shard
+    views: Views
+    model: Model
+    pretrain: Pretrain
+    extract: Extract
+    evaluate: Evaluate
+    finetune: Finetune
+    export: Export
+    report: Report
+    promote: Promote
+    drift: Drift
+
+
+def load(path: Path | str = PARAMS) -> Params:
+    """Read and check a params file.
+
+    Raises:
+        UserError: the file is missing or not YAML, or a key is unknown, missing or has an impossible value.
+    """
+    params: Params = build(Params, read_yaml(path), str(path))
+    for key, (low, high) in {
+        "views.crop_area": params.views.crop_area,
+        "views.crop_ratio": params.views.crop_ratio,
+        "views.blur_sigma": params.views.blur_sigma,
+        "validate.brightness": params.validate.brightness,
+    }.items():
+        if low > high:
+            raise UserError(f"{path}: {key}=[{low}, {high}] is not in ascending order; write [{high}, {low}]")
+    if params.data.val_fraction + params.data.test_fraction >= 1:
+        total = params.data.val_fraction + params.data.test_fraction
+        raise UserError(f"{path}: data.val_fraction + data.test_fraction is {total:g}; leave some images to train on")
+    return params

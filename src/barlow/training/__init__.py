@@ -1,0 +1,1 @@
+"""Barlow Twins: network, views, loss, optimizer, and the state of a run."""

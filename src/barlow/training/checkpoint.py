@@ -1,0 +1,135 @@
+"""Resume state: a folder per run, one safetensors file per checkpoint, whole or absent, the last two kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from barlow.core.errors import UserError
+from barlow.training import model
+
+FOLDER = Path("models/resume")
+KEPT = 2
+TOLD = 5  # settings in which another run differs
+DAMAGED = (SafetensorError, OSError, KeyError, TypeError, ValueError)  # what reading may raise
+
+
+def folder(identity: Mapping[str, Any]) -> Path:
+    """Return the folder of a run, named by all that decides its weights: settings, data and code."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    return FOLDER / digest[:16]
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write the checkpoint of `step`, then delete all but the last two of this run.
+
+    Raises:
+        UserError: it cannot be written; names the path and the bytes needed. Those before it stay.
+    """
+    path = folder / f"step-{step:09d}.safetensors"
+    try:
+        model.save_weights(path, tensors, metadata | {"step": step})
+    except OSError as error:
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): it needs {needed:,} bytes and {_free(folder):,} are free; "
+            f"make room and run again, to go on from {newest(folder) or 'the start'}"
+        ) from None
+    for old in [*_newest_first(folder)[KEPT:], *folder.glob(".step-*.tmp")]:  # the latter of a process that was killed
+        old.unlink()
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time, while training goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Copy the tensors where they are and return; the rest is the thread's. Raises what the last one raised."""
+        self.wait()
+        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        ready = torch.cuda.current_stream().record_event() if next(iter(copies.values())).is_cuda else None
+        self._last = self._thread.submit(self._write, step, copies, metadata, ready)
+
+    def _write(self, step: int, copies: dict[str, Tensor], metadata: dict[str, Any], ready: Any) -> None:
+        """On a GPU the copies leave it in a stream of their own, beside the training's."""
+        stream = nullcontext() if ready is None else torch.cuda.stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+        with stream:
+            if ready is not None:
+                ready.wait()
+            save(self._folder, step, {name: copy.cpu() for name, copy in copies.items()}, metadata)
+
+    def check(self) -> None:
+        """Raise what the last save raised, if it has ended."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last save has ended; raises what it raised."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the path of a run's newest checkpoint, if there is one."""
+    return next(iter(_newest_first(folder)), None)
+
+
+def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return (tensors, metadata) of a run's newest whole checkpoint, None if there is none; warns of damaged ones."""
+    for path in _newest_first(folder):
+        try:
+            tensors, metadata = model.load_weights(path)
+            metadata["step"] += 0  # a file of somebody else's has none
+        except DAMAGED as error:
+            print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
+            continue
+        return tensors, metadata
+    return None
+
+
+def others(folder: Path, identity: Mapping[str, Any]) -> Iterator[str]:
+    """Say of each other run that has checkpoints what would go on with it, and what would delete it."""
+    for other in sorted({path.parent for path in folder.parent.glob("*/step-*.safetensors")} - {folder}):
+        try:
+            theirs = model.load_metadata(_newest_first(other)[0])["identity"]
+        except DAMAGED:
+            yield f"{other} has a damaged checkpoint of another run; delete the folder"
+            continue
+        differences = [text for key in sorted({*identity, *theirs}) for text in _differences(key, theirs, identity)]
+        told = ", ".join(differences[:TOLD]) + ", ..." * (len(differences) > TOLD) or "other code"
+        yield f"{other} has checkpoints of another run ({told}); set that back to go on with it, or delete the folder"
+
+
+def _differences(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+    """Yield `section.name=value` of theirs for each setting that is another here."""
+    was, now = theirs.get(key), ours.get(key)
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in sorted({*was, *now}):
+            yield from (f"{key}.{text}" for text in _differences(name, was, now))
+    elif json.dumps(was, default=str) != json.dumps(now, default=str):
+        yield f"other {key}" if key in ("data", "code") else f"{key}={json.dumps(was)}"
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+
+
+def _free(folder: Path) -> int:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free

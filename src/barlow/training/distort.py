@@ -1,0 +1,132 @@
+"""The distortions of an image (paper, section 2.1 and appendix A): drawn here, applied by DALI on CPU or GPU.
+
+The transform is the official one, with these differences: flipping comes last, fused into the normalisation (it
+commutes with all before it); the colour jitter has one order, brightness and contrast, then saturation and hue; hue
+turns in YIQ and not in HSV space.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from nvidia.dali import fn, math, types
+
+from barlow.settings import params
+
+ATTEMPTS = 10  # windows drawn for each crop
+
+
+class Distortion(NamedTuple):
+    """What is drawn for one view: arrays of n images, and inside of a DALI pipeline the nodes that hold them."""
+
+    start: Any  # (n, 2) of the window, y and x in pixels
+    end: Any
+    mirror: Any  # (n,) here and below; 0 or 1
+    jitter: Any  # bool, as are the other names of an operation
+    brightness: Any
+    contrast: Any
+    saturation: Any
+    hue: Any  # degrees
+    grayscale: Any
+    blur: Any
+    sigma: Any  # px
+    solarize: Any
+
+
+def draw(views: params.Views, view: int, sides: Any, rng: np.random.Generator) -> Distortion:
+    """Draw the distortions of images with `sides` (n, 2), heights and widths; `view` is 0 for A, 1 for B."""
+    n = len(sides)
+
+    def uniform(low: float, high: float) -> Any:
+        return rng.uniform(low, high, n).astype(np.float32)
+
+    def happens(probability: float) -> Any:
+        return rng.random(n) < probability
+
+    return Distortion(
+        *crop_windows(sides, views.crop_area, views.crop_ratio, rng),
+        happens(views.flip).astype(np.int32),
+        happens(views.jitter),
+        uniform(1 - views.brightness, 1 + views.brightness),
+        uniform(1 - views.contrast, 1 + views.contrast),
+        uniform(1 - views.saturation, 1 + views.saturation),
+        uniform(-360 * views.hue, 360 * views.hue),
+        happens(views.grayscale),
+        happens(views.blur[view]),
+        uniform(*views.blur_sigma),
+        happens(views.solarize[view]),
+    )
+
+
+def crop_windows(
+    sides: Any, area: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[Any, Any]:
+    """Draw a window for each image, as torchvision's RandomResizedCrop does; return starts and ends, float32 (n, 2).
+
+    Of ten windows, with even shares of the area and even logarithms of width / height, the first that fits is taken
+    and put anywhere; where none fits it is the largest of an allowed ratio, in the middle.
+    """
+    n, sides = len(sides), sides.astype(np.float64)
+    shares = rng.uniform(*area, (n, ATTEMPTS)) * sides.prod(1, keepdims=True)
+    ratios = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), (n, ATTEMPTS)))
+    drawn = np.rint(np.sqrt(np.stack((shares / ratios, shares * ratios), -1)))  # (n, ATTEMPTS, 2)
+    fits = ((drawn >= 1) & (drawn <= sides[:, None])).all(-1)
+    room = rng.random((n, 2))
+    height, width = sides.T
+    largest = np.stack((np.minimum(height, width / ratio[0]), np.minimum(width, height * ratio[1])), -1)
+    size = np.where(fits.any(1)[:, None], drawn[np.arange(n), fits.argmax(1)], np.rint(largest).clip(1))
+    start = np.floor(np.where(fits.any(1)[:, None], room * (sides - size + 1), (sides - size) / 2))
+    return start.astype(np.float32), (start + size).astype(np.float32)
+
+
+def resized_crop(pixels: Any, start: Any, end: Any, size: int) -> Any:
+    """Cut out a window and resize it to a square, cubic and antialiased."""
+    # A start beyond the image kills the process. One comes where odd EXIF makes DALI turn an image and Pillow not.
+    start = math.min(start, pixels.shape()[:2] - 1)
+    return fn.resize(pixels, roi_start=start, roi_end=end, size=(size, size), interp_type=types.INTERP_CUBIC)
+
+
+def color_jitter(pixels: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any) -> Any:
+    """Scale brightness, contrast (about the image's mean gray) and saturation; turn the hue, in degrees."""
+    center = fn.reductions.mean(fn.color_space_conversion(pixels, image_type=types.RGB, output_type=types.GRAY))
+    # Arithmetic, since fn.brightness_contrast takes no `contrast_center` that lies on a GPU.
+    pixels = brightness * (center + contrast * (pixels - center))
+    return fn.hsv(math.clamp(pixels, 0.0, 255.0), saturation=saturation, hue=hue, dtype=types.UINT8)
+
+
+def grayscale(pixels: Any) -> Any:
+    """Remove all colour, keep three channels."""
+    gray = fn.color_space_conversion(pixels, image_type=types.RGB, output_type=types.GRAY)
+    return fn.color_space_conversion(gray, image_type=types.GRAY, output_type=types.RGB)
+
+
+def blur(pixels: Any, sigma: Any) -> Any:
+    """Gaussian blur, with a window of three sigma on each side."""
+    return fn.gaussian_blur(pixels, sigma=sigma)
+
+
+def solarize(pixels: Any) -> Any:
+    """Invert values of 128 and above."""
+    return math.min(pixels, pixels ^ types.Constant(255, dtype=types.UINT8))
+
+
+def normalize(pixels: Any, mirror: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
+    """Flip where `mirror` is 1, and turn 0 to 255 into float32 (3, height, width) of zero mean and unit deviation."""
+    return fn.crop_mirror_normalize(
+        pixels, mirror=mirror, mean=[255 * m for m in mean], std=[255 * s for s in std], output_layout="CHW"
+    )
+
+
+def augment(pixels: Any, drawn: Distortion, views: params.Views) -> Any:
+    """Distort decoded images."""
+    out = resized_crop(pixels, drawn.start, drawn.end, views.size)
+    if drawn.jitter:
+        out = color_jitter(out, drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue)
+    if drawn.grayscale:
+        out = grayscale(out)
+    if drawn.blur:
+        out = blur(out, drawn.sigma)
+    if drawn.solarize:
+        out = solarize(out)
+    return normalize(out, drawn.mirror, views.mean, views.std)

@@ -1,0 +1,212 @@
+"""Processes and the collectives between them, differentiable. With one process each of these costs nothing.
+
+Every process computes the same global loss. A collective's backward pass sums the gradients of all processes, so each
+process holds world_size times its part of the global gradient, and the mean that DistributedDataParallel takes over
+parameters makes it exactly the gradient of one process on the whole batch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from barlow.core import files
+from barlow.core.errors import Interrupted, UserError
+
+Group = dist.ProcessGroup | None
+
+
+def start(device: str) -> torch.device:
+    """Join the processes that torchrun started, if it did, and return this one's device (`device`: cpu, cuda, auto).
+
+    Raises:
+        UserError: there is no GPU and `device` is cuda, or there are fewer GPUs than processes.
+    """
+    local = local_device(device)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        _check_restarts(os.environ)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo")
+    return local
+
+
+def local_device(device: str = "auto") -> torch.device:
+    """Return this process's device: the CPU, or a GPU with its index, without which DALI would work on the CPU.
+
+    Raises:
+        UserError: there is no GPU and `device` is cuda, or there are fewer GPUs than processes.
+    """
+    if _kind(device) == "cpu":
+        return torch.device("cpu")
+    number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= gpus:
+        raise UserError(
+            f"LOCAL_RANK={number} of LOCAL_WORLD_SIZE={os.environ.get('LOCAL_WORLD_SIZE', 1)} has no GPU: PyTorch sees "
+            f"{gpus} here; start at most {gpus} processes on this machine (pretrain.processes, or torchrun's "
+            f"--nproc-per-node), or set pretrain.device to cpu"
+        )
+    local = torch.device("cuda", number)
+    torch.cuda.set_device(local)
+    torch.backends.cudnn.deterministic = True  # a resumed run is to end with the same weights
+    return local
+
+
+def _kind(device: str) -> str:
+    """Return cpu or cuda; raise UserError where `device` is cuda and there is no GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("pretrain.device=cuda, and PyTorch sees no GPU here; set it to cpu or auto")
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_restarts(environment: Mapping[str, str]) -> None:
+    """Warn where torchrun's restarts will fail: its processes would find each other's old addresses in its store.
+
+    https://github.com/pytorch/pytorch/issues/135712
+    """
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)) and environment.get("RANK") == "0":
+        print("warning: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or torchrun's restarts fail", file=sys.stderr)
+
+
+def launch(processes: int | None, device: str) -> bool:
+    """Run this very command in several processes and wait for them; say whether there was a need to.
+
+    Args:
+        processes: how many; None: one a GPU, or one.
+        device: cpu, cuda or auto.
+
+    Raises:
+        UserError: there is no GPU and `device` is cuda, or there are fewer GPUs than processes.
+        SystemExit: one failed; carries its exit code.
+        Interrupted: a signal came, which the processes got as well.
+    """
+    processes = processes or one_a_device(device)
+    if processes == 1 or "WORLD_SIZE" in os.environ:
+        return False
+    if _kind(device) == "cuda" and processes > (gpus := torch.cuda.device_count()):
+        raise UserError(
+            f"pretrain.processes={processes} is more than the {gpus} GPU(s) that PyTorch sees here; set it to at most "
+            f"{gpus} or to null, one per GPU, or set pretrain.device to cpu"
+        )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(files.cpus() // processes, 1)))
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # passes them on
+    config = LaunchConfig(
+        1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="barlow", max_restarts=0
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "barlow.cli", *sys.argv[1:])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"barlow: process {rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
+        raise SystemExit(max(failure.exitcode, 1)) from None
+    except SignalException as error:
+        raise Interrupted(f"stopped by {error.sigval.name}; run again to go on from the last checkpoint") from None
+    return True
+
+
+def one_a_device(device: str) -> int:
+    """Return how many processes there are where nobody says: one a GPU, or one."""
+    return 1 if device == "cpu" else max(torch.cuda.device_count(), 1)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Return this process's number, 0 where there is only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size(group: Group = None) -> int:
+    """Return the number of processes."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes; backward, the sum of their gradients, which need not travel if all have the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, replicated: bool) -> Tensor:
+        ctx.group, ctx.replicated = group, replicated
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.replicated:
+            return gradient * world_size(ctx.group), None, None
+        return _Sum.apply(gradient, ctx.group, False), None, None
+
+
+def all_reduce(x: Tensor, group: Group = None, *, replicated: bool = False) -> Tensor:
+    """Return the sum of `x` over the processes, differentiably.
+
+    `replicated` says that each process computes the same from the sum; its gradient is then the same everywhere.
+    """
+    return x if world_size(group) == 1 else _Sum.apply(x, group, replicated)
+
+
+def all_gather(x: Tensor, group: Group = None) -> Tensor:
+    """Return every process's `x`, of one shape (n, ...), in rank order, (world_size * n, ...); not differentiable."""
+    if world_size(group) == 1:
+        return x
+    whole = x.new_empty(world_size(group) * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    return whole
+
+
+def of_first(value: Any) -> Any:
+    """Return the first process's value; on the others `value` counts for nothing."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+def broadcast(x: Tensor) -> None:
+    """Overwrite `x` by the first process's."""
+    if world_size() > 1:
+        whole = x.contiguous()
+        dist.broadcast(whole, 0)
+        x.copy_(whole)
+
+
+def require_equal(value: int, what: str, device: torch.device, group: Group = None) -> None:
+    """Check that the processes have the same `value`; on a GPU without waiting for the answer.
+
+    Raises:
+        ValueError: they have not. On a GPU it is CUDA that reports a failed assertion, a little later.
+    """
+    if world_size(group) == 1:
+        return
+    bounds = torch.full((2,), float(value), device=device)
+    bounds[1] *= -1
+    dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
+    if device.type == "cuda":
+        torch._assert_async(bounds[0] == -bounds[1], f"{what} is not the same on all processes")
+    elif bounds[0] != -bounds[1]:
+        raise ValueError(
+            f"{what} is {value} here and from {-bounds[1]:.0f} to {bounds[0]:.0f} on the processes; it must be the same"
+        )
+
+
+def any_process(*flags: bool) -> list[bool]:
+    """Return for each flag whether it is set on any process; waits for the processes, not for their GPUs."""
+    if world_size() == 1:
+        return list(flags)
+    together = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(together, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in together]

@@ -1,0 +1,187 @@
+"""The network: a torchvision ResNet, a bias-free projector, and the frozen encoder that evaluation and export share."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models import resnet
+
+from barlow.core import files
+from barlow.core.errors import UserError
+from barlow.settings import params, strict
+from barlow.training import distributed
+
+Network = TypeVar("Network", bound=nn.Module)
+LAYERS = {"resnet10": [1, 1, 1, 1], "resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
+
+
+def backbone(model: params.Model) -> resnet.ResNet:
+    """Build a ResNet whose output is the pooled representation, float (batch, 512), or 2048 for resnet50.
+
+    Stems: `imagenet` is torchvision's 7x7 stride 2 with max-pool; `small` (3x3 stride 1, no pool) is the usual one
+    for 32-px images (SimCLR, appendix B.9); `stride` is 3x3 stride 2, a quarter of that one's cost.
+    """
+    block = resnet.Bottleneck if model.arch == "resnet50" else resnet.BasicBlock
+    network = resnet.ResNet(block, LAYERS[model.arch], zero_init_residual=model.zero_init_residual)
+    if model.stem != "imagenet":
+        stride = {"small": 1, "stride": 2}[model.stem]
+        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    network.dim = network.fc.in_features
+    network.fc = nn.Identity()
+    return network
+
+
+def projector(dim: int, sizes: tuple[int, ...]) -> nn.Sequential:
+    """Build the projector (paper, section 2.2): linear layers without bias, batch norm and ReLU between them."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise((dim, *sizes[:-1])):
+        layers += [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear((dim, *sizes)[-2], sizes[-1], bias=False))
+
+
+class BarlowTwins(nn.Module):
+    """Backbone and projector, the f of the paper's figure 1; both views go through it in one forward pass."""
+
+    def __init__(self, model: params.Model) -> None:
+        super().__init__()
+        self.backbone = backbone(model)
+        self.projector = projector(self.backbone.dim, model.projector)
+        self.dim = model.projector[-1]
+
+    def forward(self, view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn two views (batch, 3, side, side) into embeddings (batch, D); batch norm sees one view at a time."""
+        return self.projector(self.backbone(view_a)), self.projector(self.backbone(view_b))
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batch of all processes, each with as many samples: torch's own refuses CPU tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (batch, channels, ...) by the global statistics, or in eval mode by the running ones."""
+        if not self.training:
+            return super().forward(x)
+        axes, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
+        n = x.numel() // self.num_features * distributed.world_size()
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.float()
+            mean = distributed.all_reduce(wide.sum(axes)) / n
+            centred = wide - mean.view(shape)
+            variance = distributed.all_reduce(centred.square().sum(axes)) / n
+            for buffer, value in {"running_mean": mean, "running_var": variance * n / (n - 1)}.items():
+                self.get_buffer(buffer).lerp_(value.detach(), self.momentum or 0.0)
+            self.get_buffer("num_batches_tracked").add_(1)
+            out = centred * (self.weight * (variance + self.eps).rsqrt()).view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Allow any number of dimensions."""
+
+
+def synchronised(network: Network, device: torch.device) -> Network:
+    """Return the network with its batch norms over all processes: on a GPU torch's, on the CPU the one above."""
+    if device.type == "cuda":
+        converted: Network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        return converted
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                twin = SyncBatchNorm(child.num_features, child.eps, child.momentum)
+                twin.load_state_dict(child.state_dict())
+                setattr(parent, name, twin)
+    return network
+
+
+class FrozenEncoder(nn.Module):
+    """What is evaluated, exported and served: uint8 images in, the backbone's representation out.
+
+    Resize and normalisation are inside, so that no user of the encoder can get them wrong. The whole image is
+    resized to `views.size` squared (bilinear, antialiased): nothing of it is cut away.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: params.Model, views: params.Views) -> None:
+        super().__init__()
+        self.size = views.size
+        self.backbone = backbone(model)
+        self.register_buffer("mean", 255 * torch.tensor(views.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(views.std)[:, None, None], persistent=False)
+        self.eval().requires_grad_(False)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Turn uint8 (batch, height, width, 3) into normalised float32 (batch, 3, size, size)."""
+        return self.normalise(self.resize(images))
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Turn uint8 (batch, height, width, 3) into float32 (batch, 3, size, size), 0 to 255."""
+        pixels = images.permute(0, 3, 1, 2).float()
+        return functional.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
+
+    def normalise(self, resized: Tensor) -> Tensor:
+        """Turn what `resize` returns into values of about zero mean and unit deviation."""
+        return (resized - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the representation of uint8 images (batch, height, width, 3): float32 (batch, dim)."""
+        representation: Tensor = self.backbone(self.preprocess(images))
+        return representation
+
+
+def computes_bf16(precision: str, device: torch.device) -> bool:
+    """Say whether to autocast to bfloat16: `auto` does where the processor computes it and does not emulate it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # oneDNN, which computes convolutions on CPUs, can be held to an older instruction set: it then emulates bf16.
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    native = any(word in held for word in ("BF16", "FP16", "AMX", "AVX10", "DEFAULT"))
+    return native and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors as safetensors with JSON metadata, whole or not at all."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(save(contiguous, {"barlow": json.dumps(metadata, sort_keys=True)}))
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_weights` wrote: (tensors, metadata)."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["barlow"])  # noqa: SIM118
+
+
+def load_metadata(path: Path) -> dict[str, Any]:
+    """Read the metadata that `save_weights` wrote, and no tensor."""
+    with safe_open(path, framework="pt") as file:
+        metadata: dict[str, Any] = json.loads(file.metadata()["barlow"])
+    return metadata
+
+
+def load_encoder(path: Path = files.ENCODER) -> tuple[FrozenEncoder, dict[str, Any]]:
+    """Rebuild the frozen encoder from its weights alone; the metadata carries `model` and `views`.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing; run `barlow pretrain` first")
+    tensors, metadata = load_weights(path)
+    model = strict.build(params.Model, metadata["model"], str(path), "model")
+    views = strict.build(params.Views, metadata["views"], str(path), "views")
+    encoder = FrozenEncoder(model, views)
+    encoder.backbone.load_state_dict(tensors)
+    return encoder, metadata

@@ -1,0 +1,224 @@
+"""The state of a pretraining run, all of which a checkpoint holds: network, optimizer, place in the data, measurements.
+
+Nothing random is drawn while it runs but the views, and those follow from the seed and the step. So there is no random
+state to keep, and a checkpoint goes on at any number of processes with the same global batches.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from barlow.core import files, provenance, webdataset
+from barlow.core.errors import UserError
+from barlow.evaluation import probe
+from barlow.settings.params import Params
+from barlow.training import checkpoint, distributed, model
+from barlow.training.loss import BarlowTwinsLoss, cross_correlation
+from barlow.training.optim import LARS
+from barlow.training.schedule import warmup_cosine
+from barlow.training.views import TwinViews
+
+CORNER = 128  # dimensions of C that are kept for the report
+NAMED_KEYS = 8  # images named where a loss is not finite
+
+
+class Training:
+    """One process's part of a run.
+
+    Raises:
+        UserError: no shards, fewer images than a batch, or a batch that the processes cannot share.
+    """
+
+    def __init__(self, params: Params, device: torch.device) -> None:
+        p, tars, world = params.pretrain, webdataset.tars("pretrain"), distributed.world_size()
+        if not tars:
+            raise UserError(f"there is no {files.SHARDS}/pretrain-*.tar to pretrain on; run `dvc repro shard` first")
+        gpu = device.index if device.type == "cuda" else None
+        threads = max(files.cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+        self.views = TwinViews(tars, params.views, p.batch_size, p.seed, distributed.rank(), world, gpu, threads)
+        self.epoch_steps = len(self.views)
+        self.total_steps = p.epochs * self.epoch_steps
+        torch.manual_seed(p.seed)
+        network = model.BarlowTwins(params.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = model.synchronised(network, device) if world > 1 else network
+        if p.compile:
+            self.network.compile()
+        self.twins: nn.Module = self.network  # what the loop calls
+        if world > 1:
+            with warnings.catch_warnings():  # torch 2.15 renames the option, and 2.14 does not know the new name
+                warnings.simplefilter("ignore", FutureWarning)
+                self.twins = DistributedDataParallel(self.network, broadcast_buffers=False)  # they are the same already
+        self.weights = [w for w in self.network.parameters() if w.ndim > 1]
+        self.biases = [w for w in self.network.parameters() if w.ndim <= 1]
+        groups = [{"params": self.weights}, {"params": self.biases}]
+        self.optimizer = LARS(groups, 0.0, p.momentum, p.weight_decay, p.trust_coefficient, p.clip)
+        self.p, self.device = p, device
+        self.step = 0
+        self.sums = torch.zeros(len(BarlowTwinsLoss._fields), device=device)  # of this epoch
+        self.finite_steps = torch.zeros((), dtype=torch.long, device=device)  # up to the first that was not
+        self.gradient_norm = torch.zeros((), device=device)  # of the epoch's last step
+        self.history: list[dict[str, float]] = []  # a row an epoch
+        self.correlation: dict[str, Tensor] = {}
+        self.warned: set[str] = set()  # what need not be said again
+        # What a run has in common with the one it goes on from; not where or how often it is saved or measured.
+        free = replace(p, checkpoint_seconds=0, checkpoint_steps=None, processes=None, device="auto")
+        free = replace(free, knn_epochs=None, min_std=0, max_correlation=1)
+        self.identity = {
+            "model": asdict(params.model),
+            "views": asdict(params.views),
+            "pretrain": asdict(free),
+            "data": self.views.digest,
+        }
+        self.folder = checkpoint.folder(self.identity | {"code": provenance.code_hash("pretrain")})
+        self.writer = checkpoint.Writer(self.folder)
+
+    def rates(self, step: int) -> tuple[float, float]:
+        """Return the learning rates of weights and of biases at a step."""
+        warmup = round(self.p.warmup_epochs * self.epoch_steps)
+        peaks = [rate * self.p.batch_size / 256 for rate in (self.p.lr_weights, self.p.lr_biases)]
+        weights, biases = (
+            warmup_cosine(step, self.total_steps, warmup, peak, self.p.final_lr * peak) for peak in peaks
+        )
+        return weights, biases
+
+    def update(self, loss: BarlowTwinsLoss) -> None:
+        """Take the step that the loss asks for."""
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        for group, rate in zip(self.optimizer.param_groups, self.rates(self.step), strict=True):
+            group["lr"] = rate
+        if (self.step + 1) % self.epoch_steps == 0:
+            self.gradient_norm = norm([w.grad for w in self.weights + self.biases if w.grad is not None])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def record(self, loss: BarlowTwinsLoss, z_a: Tensor, z_b: Tensor) -> None:
+        """Count a finished step; but for three of a run nothing is read back from the device."""
+        self.sums += torch.stack([term.detach().float() for term in loss])
+        self.finite_steps += self.sums.isfinite().all()
+        for name, step in {"before": 0, "during": self.total_steps // 2, "after": self.total_steps - 1}.items():
+            if self.step == step:
+                corner = cross_correlation(z_a.detach()[:, :CORNER], z_b.detach()[:, :CORNER])
+                self.correlation[name] = corner.cpu()
+        self.step += 1
+
+    def check_finite(self) -> None:
+        """Refuse to go on, and to save, after the loss or a weight has become infinite or NaN.
+
+        Raises:
+            UserError: names the step, the learning rates, images of the batch and the last good checkpoint.
+        """
+        finite = int(self.finite_steps)
+        largest = torch.stack(torch._foreach_norm(self.weights + self.biases, float("inf")))
+        if finite == self.step and largest.isfinite().all():
+            return
+        step = min(finite, self.step - 1)
+        weights, biases = self.rates(step)
+        keys = self.views.keys(step)
+        self.writer.wait()
+        what = "loss is" if finite < self.step else "weights are"
+        raise UserError(
+            f"the {what} not finite at step {step}, with learning rates {weights:.3g} (weights) and {biases:.3g} "
+            f"(biases): lower pretrain.lr_weights={self.p.lr_weights}, pretrain.lr_biases={self.p.lr_biases} or "
+            f"pretrain.trust_coefficient={self.p.trust_coefficient}, or raise "
+            f"pretrain.warmup_epochs={self.p.warmup_epochs}; the batch was {', '.join(keys[:NAMED_KEYS])}"
+            f"{f' and {len(keys) - NAMED_KEYS} more' if len(keys) > NAMED_KEYS else ''}; "
+            f"the last good checkpoint is {checkpoint.newest(self.folder) or 'none yet'}"
+        )
+
+    def figures(self, terms: Iterable[Tensor]) -> dict[str, float]:
+        """Return what tells how it goes: per entry of C, the two terms of a loss tell more than the loss does."""
+        total, on_diagonal, off_diagonal = (float(term.detach()) for term in terms)
+        dim = self.network.dim
+        row = {"loss": total, "on_diagonal": on_diagonal / dim, "off_diagonal": off_diagonal / max(dim * (dim - 1), 1)}
+        return row | {"lr": self.optimizer.param_groups[0]["lr"]}
+
+    def end_epoch(self, z: Tensor, measured: dict[str, float]) -> dict[str, float]:
+        """Return the epoch's means and what was measured besides, and start the next; `z` are its last embeddings."""
+        self.check_finite()
+        row = self.figures(self.sums / self.epoch_steps)
+        row["std"] = probe.spread(distributed.all_gather(z.detach().float()))  # of the global batch
+        row |= {"weight_norm": float(norm(self.weights + self.biases)), "gradient_norm": float(self.gradient_norm)}
+        self.sums.zero_()
+        self.history.append(row | measured)
+        if len(self.history) > self.p.warmup_epochs and distributed.rank() == 0:
+            for name, text in collapse(row, self.p.min_std, self.p.max_correlation).items():
+                if name not in self.warned:
+                    print(f"warning: {text}", file=sys.stderr, flush=True)
+                self.warned.add(name)
+        return self.history[-1]
+
+    def save(self) -> None:
+        """Write a checkpoint in a thread, for which `writer.wait` waits; all processes hold the same and one writes."""
+        self.check_finite()
+        if distributed.rank() != 0:
+            return
+        correlation = {f"correlation.{name}": value for name, value in self.correlation.items()}
+        metadata: dict[str, Any] = {"identity": self.identity, "world_size": distributed.world_size()}
+        metadata |= {"history": self.history.copy(), "views": self.views.state_dict()}
+        self.writer.save(self.step, self.state() | correlation, metadata)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that training changes, themselves and no copies."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        for i, w in enumerate(self.weights + self.biases):
+            tensors[f"momentum.{i}"] = self.optimizer.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+        return tensors | {"sums": self.sums, "finite_steps": self.finite_steps}
+
+    def resume(self) -> str:
+        """Go on from the newest checkpoint of this run and say so, or say that there is none.
+
+        The first process looks, and all take what it found: another's disk may hold other checkpoints, or none.
+        """
+        found = checkpoint.latest(self.folder) if distributed.rank() == 0 else None
+        tensors, metadata = found or ({}, None)
+        metadata, self.correlation = distributed.of_first((metadata, _part(tensors, "correlation.")))
+        if metadata is None:
+            return "from the start"
+        with torch.no_grad():
+            for name, tensor in self.state().items():
+                if found:
+                    tensor.copy_(tensors[name])
+                distributed.broadcast(tensor)
+        self.step, self.history = metadata["step"], metadata["history"]
+        self.views.load_state_dict(metadata["views"])
+        before, now = metadata["world_size"], distributed.world_size()
+        same = f"; {now} process(es) and not {before}: the same batches of {self.p.batch_size}, other rounding"
+        return f"going on from step {self.step} of {self.total_steps}{same if before != now else ''}"
+
+
+def collapse(row: dict[str, float], min_std: float, max_correlation: float) -> dict[str, str]:
+    """Say in what way embeddings are degenerate, by the name of the bound, and what usually makes them so."""
+    found, correlation = {}, row["off_diagonal"] ** 0.5
+    if row["std"] < min_std:
+        found["min_std"] = (
+            f"the embeddings are collapsing: their standard deviation is {row['std']:.3f} of an even spread's, below "
+            f"pretrain.min_std={min_std}. Usual causes: a learning rate too high, too short a warm-up, images that are "
+            f"all alike"
+        )
+    if correlation > max_correlation:
+        found["max_correlation"] = (
+            f"the embedding's dimensions repeat each other: root mean square correlation {correlation:.3f}, above "
+            f"pretrain.max_correlation={max_correlation}. Usual causes: pretrain.lambd too low, a learning rate too "
+            f"high, a projector wider than the data has to say"
+        )
+    return found
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of all entries of some tensors together, in float64: squares of float32 may overflow."""
+    norms = torch._foreach_norm([tensor.detach() for tensor in tensors], 2, torch.float64)
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return whole
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

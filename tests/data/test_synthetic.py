@@ -1,0 +1,78 @@
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from barlow.data import synthetic
+
+
+@pytest.fixture
+def written(smoke, tmp_path):
+    p = dataclasses.replace(smoke.data.synthetic, unlabelled=30, train=20, val=10, test=10, defects=8)
+    synthetic.write(tmp_path / "a", p)
+    return p, tmp_path
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.jpg"))}
+
+
+def test_same_params_same_bytes_and_another_seed_others(written):
+    p, folder = written
+    synthetic.write(folder / "b", p)
+    synthetic.write(folder / "c", dataclasses.replace(p, seed=1))
+    a, b, c = (tree(folder / name) for name in "abc")
+    assert a == b
+    assert not set(a.values()) - {b""} & set(c.values())
+
+
+def test_counts_and_layout(written):
+    files = tree(written[1] / "a")
+    splits = [path.split("/")[0] for path in files]
+    assert {split: splits.count(split) for split in set(splits)} == {
+        "unlabelled": 38,
+        "train": 20,
+        "val": 10,
+        "test": 10,
+    }
+    assert {path.split("/")[1] for path in files if path.startswith("train")} <= set(synthetic.FAMILIES)
+
+
+def test_more_images_do_not_change_the_first_ones(written):
+    p, folder = written
+    synthetic.write(folder / "more", dataclasses.replace(p, unlabelled=40, defects=0))
+    more = tree(folder / "more")
+    assert all(more[path] == data for path, data in tree(folder / "a").items() if "/0" in path)
+
+
+def test_defects_are_planted(written):
+    files = tree(written[1] / "a" / "unlabelled")
+    kinds = {
+        kind: [data for path, data in files.items() if path.startswith(kind)]
+        for kind in ("trunc", "empty", "dup", "tiny")
+    }
+    assert [len(found) for found in kinds.values()] == [2, 2, 2, 2]
+    assert kinds["empty"] == [b"", b""]
+    assert all(data in [other for path, other in files.items() if path[0] == "0"] for data in kinds["dup"])
+    assert all(min(Image.open(io.BytesIO(data)).size) < 16 for data in kinds["tiny"])
+    with pytest.raises(OSError, match=r"(?i)truncated"):
+        Image.open(io.BytesIO(kinds["trunc"][0])).load()
+
+
+def test_no_label_leaks_into_colour_or_brightness():
+    """A classifier on everything but structure stays near chance, which is 10 %."""
+    families = list(synthetic.FAMILIES)
+    rows, labels = [], []
+    for i in range(1200):
+        rng = np.random.default_rng([9, i])
+        label = int(rng.integers(10))
+        pixels = synthetic.surface(families[label], 48, rng).astype(float)
+        rows.append([*pixels.mean((0, 1)), np.median(pixels)])
+        labels.append(label)
+    x, y = np.array(rows), np.array(labels)
+    x = (x - x.mean(0)) / x.std(0)
+    accuracy = LogisticRegression(max_iter=1000).fit(x[:800], y[:800]).score(x[800:], y[800:])
+    assert accuracy < 0.2

@@ -1,0 +1,171 @@
+"""`barlow serve` as a process of its own, and what the tests of the service share."""
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httptools
+import numpy as np
+import uvicorn
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+DEADLINE = 120  # seconds to start in, on a machine that does other things too
+
+
+@dataclass
+class Service:
+    """A service that is ready: `url` is http://127.0.0.1:PORT, `log` is what it printed so far."""
+
+    port: int
+    process: subprocess.Popen
+    logfile: Path
+    seconds: float  # from its start until it was ready
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self):
+        return self.logfile.read_text()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def start(model, *flags, env=None, cwd=None, port=None, host="127.0.0.1"):
+    """Run `barlow serve --model model --port FREE flags`, wait until it is ready, and end it.
+
+    `env` is added to the environment; `host` is how the address that --host names is written in a URL. It runs in the
+    model's folder, unless `cwd` names another, where its log lies and it looks for an index in models/index.
+    """
+    model, port, begun = Path(model).absolute(), port or free_port(), time.monotonic()
+    folder = Path(cwd or model.parent)
+    logfile = folder / f"serve-{port}.log"
+    command = [sys.executable, "-m", "barlow.cli", "serve", "--model", model, "--port", port, *flags]
+    with logfile.open("w") as log:
+        process = subprocess.Popen(
+            [*map(str, command)], stdout=log, stderr=log, env=os.environ | (env or {}), cwd=folder
+        )
+    try:
+        until(lambda: process.poll() is not None or ready(port, host), DEADLINE, "the service did not start")
+        assert process.poll() is None, logfile.read_text()
+        yield Service(port, process, logfile, time.monotonic() - begun)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(10)
+            finally:
+                process.kill()
+                process.wait()
+
+
+def ready(port, host="127.0.0.1"):
+    try:
+        with urllib.request.urlopen(f"http://{host}:{port}/v2/health/ready", timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def until(condition, seconds=60.0, why="it did not come true"):
+    """Return the first true value of `condition()`; it is asked every few milliseconds."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, why
+        time.sleep(0.005)
+    return value
+
+
+def png(*colour, size=(4, 3)):
+    """Return a PNG file of one colour, which is what the encoder of `mean_onnx` answers; `size` is (width, height)."""
+    return encoded(np.full((size[1], size[0], 3), colour, np.uint8))
+
+
+def encoded(pixels, kind="PNG", **options):
+    """Return a file with these pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def figure(text, name, **labels):
+    """Return a figure of what /metrics answers; 0 where it is not there yet, as Prometheus would take it."""
+    text = text.decode() if isinstance(text, bytes) else text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return next((s.value for s in samples if s.name == name and s.labels == labels), 0)
+
+
+@contextmanager
+def hosting(application):
+    """Serve an ASGI application in a thread of this process with barlow's protocol; yields the port."""
+    from barlow.serving.connection import Protocol
+
+    config = uvicorn.Config(application, http=Protocol, ws="none", log_config=None, access_log=False, lifespan="auto")
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        until(lambda: server.started or not thread.is_alive(), DEADLINE)
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(DEADLINE)
+        listener.close()
+
+
+class Wire:
+    """A connection on which anything can be sent; answers are read with httptools' parser for responses."""
+
+    def __init__(self, port):
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=DEADLINE)
+        self.parser, self.answers, self._begun = httptools.HttpResponseParser(self), [], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def send(self, *parts):
+        self.socket.sendall(b"".join(part.encode() if isinstance(part, str) else part for part in parts))
+
+    def answer(self):
+        """Return (status, headers, body) of the next answer, or None where the server closed instead."""
+        while not self.answers:
+            try:
+                data = self.socket.recv(65536)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                return None
+            self.parser.feed_data(data)
+        return self.answers.pop(0)
+
+    def on_message_begin(self):
+        self._begun = [{}, b""]
+
+    def on_header(self, name, value):
+        self._begun[0][name.decode().lower()] = value.decode()
+
+    def on_body(self, body):
+        self._begun[1] += body
+
+    def on_message_complete(self):
+        self.answers.append((self.parser.get_status_code(), *self._begun))

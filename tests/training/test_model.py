@@ -1,0 +1,135 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import models
+from torchvision.transforms import v2
+
+from barlow.core.errors import UserError
+from barlow.training import model
+
+
+def test_resnets_are_torchvisions(smoke):
+    for arch in ("resnet18", "resnet34", "resnet50"):
+        ours = model.backbone(dataclasses.replace(smoke.model, arch=arch, stem="imagenet"))
+        theirs = getattr(models, arch)()
+        theirs.fc = torch.nn.Identity()
+        shapes = {name: value.shape for name, value in theirs.state_dict().items()}
+        assert {name: value.shape for name, value in ours.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_zero_init_residual_is_torchvisions(smoke, arch, zero):
+    """The last norm of each residual block starts with a weight of 0, and the block as its shortcut."""
+    ours = model.backbone(dataclasses.replace(smoke.model, arch=arch, stem="imagenet", zero_init_residual=zero))
+    theirs = getattr(models, arch)(zero_init_residual=zero)
+    zeros = [name for name, w in theirs.named_parameters() if name.startswith("layer") and not w.any()]
+    assert [name for name, w in ours.named_parameters() if not w.any()] == [
+        name for name, w in theirs.named_parameters() if not w.any()
+    ]
+    assert any(name.endswith("weight") for name in zeros) == zero
+
+
+@pytest.mark.parametrize(("stem", "size"), [("imagenet", 8), ("small", 32), ("stride", 16)])
+def test_stems(smoke, stem, size):
+    network = model.backbone(dataclasses.replace(smoke.model, stem=stem))
+    seen = []
+    network.layer1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
+    assert seen == [size]
+
+
+def test_projector_has_no_bias_and_ends_linear():
+    layers = model.projector(10, (7, 6, 5))
+    assert [type(layer).__name__ for layer in layers] == [
+        *("Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"),
+    ]
+    assert all(layer.bias is None for layer in layers if isinstance(layer, torch.nn.Linear))
+    assert layers(torch.randn(4, 10)).shape == (4, 5)
+    assert len(model.projector(10, (5,))) == 1
+
+
+def test_views_are_normalised_apart(smoke):
+    """Batch norm sees one view at a time, as in the official code: each embedding is that of its view alone."""
+    torch.manual_seed(0)
+    network = model.BarlowTwins(smoke.model)
+    a, b = torch.randn(4, 3, 24, 24), 5 * torch.randn(4, 3, 24, 24)
+    z_a, z_b = network(a, b)
+    torch.testing.assert_close(z_a, network(a, a)[0])
+    torch.testing.assert_close(z_b, network(b, b)[1])
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (70, 41), (10, 200)])
+def test_preprocess_equals_torchvision(smoke, height, width):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    size = smoke.views.size
+    oracle = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Resize((size, size), antialias=True),
+            v2.Normalize(smoke.views.mean, smoke.views.std),
+        ]
+    )
+    encoder = model.FrozenEncoder(smoke.model, smoke.views)
+    ours = encoder.preprocess(torch.from_numpy(pixels)[None])[0]
+    torch.testing.assert_close(ours, oracle(Image.fromarray(pixels)), atol=1e-4, rtol=1e-4)
+
+
+def test_an_encoder_is_rebuilt_from_its_file_alone(smoke, tmp_path):
+    encoder = model.FrozenEncoder(smoke.model, smoke.views)
+    path = tmp_path / "encoder.safetensors"
+    identity = {"model": dataclasses.asdict(smoke.model), "views": dataclasses.asdict(smoke.views)}
+    model.save_weights(path, encoder.backbone.state_dict(), identity | {"steps": 3})
+    loaded, metadata = model.load_encoder(path)
+    images = torch.randint(0, 256, (2, 30, 20, 3), dtype=torch.uint8)
+    assert torch.equal(loaded(images), encoder(images))
+    assert metadata["steps"] == 3
+
+
+def test_an_encoder_of_an_older_version_is_refused_by_name(smoke, tmp_path):
+    older = dataclasses.asdict(smoke.model)
+    del older["zero_init_residual"]
+    path = tmp_path / "encoder.safetensors"
+    model.save_weights(path, {}, {"model": older, "views": dataclasses.asdict(smoke.views)})
+    with pytest.raises(UserError, match=r"encoder\.safetensors: model\.zero_init_residual is missing"):
+        model.load_encoder(path)
+
+
+def test_weights_files_are_deterministic(tmp_path):
+    for name in "ab":
+        model.save_weights(tmp_path / name, {"x": torch.arange(3), "w": torch.ones(2, 2).T}, {"b": 1, "a": [2]})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_bf16_is_as_asked():
+    cpu = torch.device("cpu")
+    assert model.computes_bf16("bf16", cpu)
+    assert not model.computes_bf16("fp32", cpu)
+
+
+@pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True), (True, True)])
+def test_bf16_is_automatic_where_the_processor_has_it(monkeypatch, avx512, amx):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert model.computes_bf16("auto", torch.device("cpu")) == (avx512 or amx)
+
+
+@pytest.mark.parametrize(
+    ("held", "native"),
+    [
+        *[(name, False) for name in ("SSE41", "AVX2", "avx2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")],
+        *[
+            (name, True)
+            for name in ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10_1_512", "DEFAULT")
+        ],
+    ],
+)
+def test_bf16_is_not_automatic_where_onednn_would_emulate_it(monkeypatch, held, native):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
+    assert model.computes_bf16("auto", torch.device("cpu")) is native
