@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rounds import seconds
 
-from barlow.core import machine
+from barlow.core import provenance
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 3
@@ -30,7 +30,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from clones import clone, commit, run
 
-    print(machine.hardware())
+    print(provenance.hardware())
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"PREFECT_HOME": f"{folder}/home", "PREFECT_API_URL": API, "DVC_NO_ANALYTICS": "1"}
         project = clone(Path(folder) / "barlow")

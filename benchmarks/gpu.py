@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 
 from barlow import extract, finetune, preset, pretrain
-from barlow.core import files, machine, webdataset
+from barlow.core import files, provenance, webdataset
 from barlow.core.errors import Interrupted
 from barlow.data import synthetic
 from barlow.evaluation import features, probe
@@ -165,7 +165,7 @@ def surfaces(bench: Bench, side: int = 32) -> None:
             rngs = (np.random.default_rng([len(split), i]) for i in range(n))
             drawn = (jpeg(synthetic.surface(families[i % 4], side, rng)) for i, rng in enumerate(rngs))
             write_shard(split, ((data, -1 if split == "pretrain" else i % 4) for i, data in enumerate(drawn)))
-    files.write_json(files.SHARDS / webdataset.CLASSES, families)
+    files.write_json(files.SHARDS / webdataset.CLASSES_FILE, families)
 
 
 def cifar(bench: Bench) -> None:
@@ -186,7 +186,7 @@ def cifar(bench: Bench) -> None:
         ordered = [images[i] for i in np.random.default_rng(0).permutation(len(images))]
         labels = (-1 if split == "pretrain" else classes.index(label) for _, label in ordered)
         write_shard(split, zip((data for data, _ in ordered), labels, strict=True))
-    files.write_json(files.SHARDS / webdataset.CLASSES, classes)
+    files.write_json(files.SHARDS / webdataset.CLASSES_FILE, classes)
 
 
 # --- right
@@ -729,7 +729,7 @@ def main(arguments: list[str] | None = None) -> int:
     record, results = out / "gpu.json", dict[str, Any]()
     if record.exists():
         results = files.read_json(record)
-    where = {"hardware": machine.hardware(), "torch": torch.__version__, "device": str(device), "tiny": options.tiny}
+    where = {"hardware": provenance.hardware(), "torch": torch.__version__, "device": str(device), "tiny": options.tiny}
     if results.get("where") != where:
         results = {"where": where, "steps": {}}
     print(f"{where['hardware']}, torch {where['torch']}, on {device}", flush=True)

@@ -18,7 +18,7 @@ import rounds
 import yaml
 from PIL import Image
 
-from barlow.core import machine
+from barlow.core import provenance
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("ingest", "validate", "shard")
@@ -47,7 +47,7 @@ def measure(project: Path) -> list[float]:
 
 if __name__ == "__main__":
     largest = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
-    print(machine.hardware())
+    print(provenance.hardware())
     print("| images | " + " | ".join(STAGES) + " | exponents |")
     print("|---" * (len(STAGES) + 2) + "|")
     with tempfile.TemporaryDirectory() as work:
@@ -58,7 +58,7 @@ if __name__ == "__main__":
             project = Path(work) / str(n)
             (project / "data").mkdir(parents=True)
             params = yaml.safe_load((ROOT / "params.yaml").read_text())
-            params["data"] |= {"source": str(images), "labels": "none"}
+            params["ingest"] |= {"source": str(images), "labels": "none"}
             (project / "params.yaml").write_text(yaml.safe_dump(params))
             times = measure(project)
             exponents = [f"{math.log10(b / a):.2f}" for a, b in zip(before or [], times, strict=False)]

@@ -17,7 +17,7 @@ import torch
 from scipy.stats import spearmanr
 
 from barlow import evaluate, extract, ingest, shard, validate
-from barlow.core import machine, webdataset
+from barlow.core import provenance, webdataset
 from barlow.evaluation import features
 from barlow.settings import params, strict
 from barlow.training import model
@@ -65,7 +65,7 @@ def look(backbone: torch.nn.Module, p: params.Params) -> dict[str, float]:
     encoder.backbone.load_state_dict(backbone.state_dict())
     splits = {name: features.embed(encoder, features.labelled(name), CPU) for name in ("train", "val", "test")}
     features.save("pretrained", splits | extract.health(encoder, p, CPU))
-    return evaluate.score(splits, len(webdataset.classes()), p.evaluate).metrics | evaluate.health("pretrained")
+    return evaluate.score(splits, len(webdataset.classes()), p.evaluate).metrics | evaluate.health_of("pretrained")
 
 
 def checkpoints(name: str, p: params.Params, common: params.Params):
@@ -122,7 +122,7 @@ def main(source: Path) -> None:
                 print(
                     "  ".join(f"{key} {value:.3g}" if key != "run" else value for key, value in row.items()), flush=True
                 )
-    print(f"\n{machine.hardware()}; {len(rows)} checkpoints of {len(RUNS)} runs")
+    print(f"\n{provenance.hardware()}; {len(rows)} checkpoints of {len(RUNS)} runs")
     print("| checkpoint after epochs | " + " | ".join(map(str, EPOCHS)) + " |\n|---|" + "---|" * len(EPOCHS))
     for name, group in groupby(rows, lambda row: row["run"]):
         print(f"| {name} | " + " | ".join(f"{row['linear_top1']:.1f}" for row in group) + " |")

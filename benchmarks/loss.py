@@ -13,7 +13,7 @@ from unittest import mock
 import rounds
 import torch
 
-from barlow.core import machine
+from barlow.core import provenance
 from barlow.training import loss
 from barlow.training.loss import barlow_twins_loss
 
@@ -81,7 +81,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 4:
         print_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
         sys.exit()
-    print(machine.hardware())
+    print(provenance.hardware())
     torch.manual_seed(0)
     for n, dim in [(64, 512), (256, 2048), (256, 8192), (1024, 2048)]:
         compare(n, dim)

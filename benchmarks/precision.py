@@ -19,7 +19,7 @@ import torch
 from rounds import seconds
 
 from barlow import export
-from barlow.core import files, machine
+from barlow.core import files, provenance
 from barlow.encoder import quantize
 from barlow.encoder.encoder import Encoder
 from barlow.settings import params
@@ -68,7 +68,7 @@ def measure(calls, pixels, repeat):
 
 
 def main() -> None:
-    print(machine.hardware())
+    print(provenance.hardware())
     settings = params.load()
     torch.set_num_threads(files.cpus())
     for name, network in networks(settings):

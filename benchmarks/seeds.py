@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from barlow.core import files, machine
+from barlow.core import files, provenance
 
 SEEDS = (0, 1, 2)
 NAMES = [f"{prefix}{name}_top1" for name in ("linear", "knn") for prefix in ("", "random_")]
@@ -49,7 +49,7 @@ def row(metrics: dict[str, float]) -> str:
 
 if __name__ == "__main__":
     os.chdir(Path(__file__).parent.parent)
-    print(machine.hardware())
+    print(provenance.hardware())
     print("| seed | linear probe | random encoder | gain | kNN | random encoder | gain | pretraining |")
     print("|---|---|---|---|---|---|---|---|")
     found = []

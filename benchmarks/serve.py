@@ -32,7 +32,7 @@ import psutil
 from PIL import Image
 
 from barlow import export
-from barlow.core import files, machine
+from barlow.core import files, provenance
 from barlow.core.images import decode
 from barlow.data import synthetic
 from barlow.encoder import quantize
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--reloads", type=int, default=0)
     parser.add_argument("--soak", type=float, default=0)
     arguments = parser.parse_args()
-    print(machine.hardware())
+    print(provenance.hardware())
     if arguments.reloads or arguments.soak:
         endure(arguments.reloads, arguments.soak)
         return

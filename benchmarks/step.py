@@ -99,9 +99,9 @@ def main(folder: str | None) -> None:
     import pictures
     import rounds
 
-    from barlow.core import files, machine
+    from barlow.core import files, provenance
 
-    print(machine.hardware())
+    print(provenance.hardware())
     source = folder and Path(folder).resolve()
     with tempfile.TemporaryDirectory() as work:
         os.chdir(work)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from barlow import summary
+from barlow.evaluation import tables
 
 QUARANTINED = 50  # paths that are listed
 RESULTS = {"Running stage": "ran", "is cached - skipping run": "cached", "didn't change, skipping": "up to date"}
@@ -23,7 +23,7 @@ def row(step: dict[str, Any]) -> dict[str, Any]:
 
 def validation() -> str | None:
     """Return what the checks found, and the images in quarantine by path; None before the stage ran."""
-    path, quarantine = Path("reports/validation.json"), Path("data/quarantine.csv")
+    path, quarantine = Path("reports/validate.json"), Path("data/quarantine.csv")
     if not path.exists():
         return None
     found = json.loads(path.read_text())
@@ -51,7 +51,7 @@ def decision(found: dict[str, Any] | None) -> str | None:
     lines = [f"**{found['decision'].capitalize()}**: {found['reason']}", ""]
     lines += [f"In production: {found['production'] or 'nothing'} (before: {found['champion'] or 'nothing'}).", ""]
     if found["figures"]:
-        lines.append(summary.columns(found["figures"]))
+        lines.append(tables.columns(found["figures"]))
     lines += [""] + [
         f"- {'ok' if c['passed'] else '**failed**'} {name}: {c['text']}" for name, c in found["checks"].items()
     ]

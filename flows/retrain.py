@@ -24,6 +24,7 @@ from prefect.events import emit_event
 from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import exponential_backoff
 
+from barlow.core import provenance
 from flows import pages
 from flows.process import StepFailed, require, run
 
@@ -116,8 +117,7 @@ def has_remote() -> bool:
 
 def tracked_data() -> list[str]:
     """Return what `dvc add` tracks: data that no stage makes."""
-    listed = subprocess.run(["git", "ls-files", "*.dvc"], capture_output=True, text=True)
-    return listed.stdout.splitlines()
+    return provenance.git("ls-files", "*.dvc").splitlines() if provenance.commit() else []
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def small_shards(tmp_path_factory, smoke):
 
     for split, count in {"pretrain": 200, "train": 60, "val": 30, "test": 60}.items():
         webdataset.write(folder / f"{split}-000000.tar", (sample(split, i) for i in range(count)))
-    files.write_json(folder / webdataset.CLASSES, classes)
+    files.write_json(folder / webdataset.CLASSES_FILE, classes)
     return folder
 
 
@@ -296,7 +296,7 @@ def _write_encoder(name, classes):
     filters = np.random.default_rng(0).normal(size=(12, 3, 3, 3))
     filters -= filters.mean(axis=(2, 3), keepdims=True)
     figures = {"images": 294, "accepted": 290, "accepted_pretrain": 200, "quarantined": 4}
-    for stage in ("validation", "pretrain", "evaluate", "export"):
+    for stage in ("validate", "pretrain", "evaluate", "export"):
         files.write_json(files.REPORTS / f"{stage}.json", figures | {"latency_ms": 1.0, "linear_top1": 50.0})
     files.ONNX.parent.mkdir(exist_ok=True)
     chain = operators[name]

@@ -10,11 +10,10 @@ import torch
 from dvclive import Live
 from PIL import Image
 
-from barlow.core import files, webdataset
+from barlow.core import files, images, webdataset
+from barlow.core.weights import save_weights
 from barlow.data import manifest
-from barlow.evaluation import features, probe
-from barlow.reporting import pictures
-from barlow.training import model
+from barlow.evaluation import features, intervals
 
 HOSTILE = '<script>alert("1")</script>&\n,\u202e'
 READABLE = HOSTILE.replace("\n", "\\n").replace("\u202e", "\\u202e")
@@ -58,7 +57,7 @@ def data(known, test):
         for i in range(count):
             row = dict.fromkeys(manifest.SCHEMA.names) | {"path": f"{split}/{i}", "split": split}
             rows.append(row | {"label": names[i % len(names)] if names else None})
-    files.write_json(files.SHARDS / webdataset.CLASSES, known)
+    files.write_json(files.SHARDS / webdataset.CLASSES_FILE, known)
     manifest.write(pa.Table.from_pylist(rows, manifest.SCHEMA), files.ACCEPTED)
 
     validation = {"images": 104, "accepted": 100, "quarantined": 4, "quarantined_decodable": 3, "quarantined_width": 1}
@@ -66,10 +65,10 @@ def data(known, test):
     for name, success, severity, observed in (("decodable", True, "critical", 0.971), ("drift", False, "warning", 0.2)):
         validation |= {f"{name}_success": success, f"{name}_severity": severity, f"{name}_observed": observed}
         validation |= {f"{name}_bound": 0.5, f"{name}_unexpected": 0}
-    files.write_json(files.REPORTS / "validation.json", validation)
+    files.write_json(files.REPORTS / "validate.json", validation)
     table(files.QUARANTINE, ["path", "reason"], [["a b/é.jpg", "not an image"], [f"{HOSTILE}.jpg", "width 8"]])
     files.QUARANTINED.mkdir()
-    (files.QUARANTINED / "001.jpg").write_bytes(pictures.jpeg(noise(8, 8)))
+    (files.QUARANTINED / "001.jpg").write_bytes(images.jpeg(noise(8, 8)))
 
 
 def pretraining(epochs):
@@ -77,8 +76,8 @@ def pretraining(epochs):
     for epoch in range(epochs):
         row = {
             "loss": 40 + 400 / (epoch + 1),
-            "on_diagonal": 0.9 / (epoch + 1),
-            "off_diagonal": 0.05 * np.exp(-((epoch - 2) ** 2) / 20) + 0.0062,
+            "invariance": 0.9 / (epoch + 1),
+            "redundancy": 0.05 * np.exp(-((epoch - 2) ** 2) / 20) + 0.0062,
             "lr": float(0.3 * np.cos(epoch / max(epochs, 1) * np.pi / 2) ** 2) * (0.6 if epoch == 0 else 1),
             "std": 0.9,
             "samples_per_second": 412.3,
@@ -98,8 +97,8 @@ def pretraining(epochs):
     before = np.corrcoef(z.T + 2 * rng.normal(size=200))
     after = np.corrcoef(z.T) * 0.9
     matrices = {"before": before, "during": (before + after) / 2, "after": after}
-    model.save_weights(files.CORRELATION, {name: torch.tensor(m).float() for name, m in matrices.items()}, {})
-    model.save_weights(files.ENCODER, {"w": torch.zeros(1)}, {"data": webdataset.digest(webdataset.tars("pretrain"))})
+    save_weights(files.CORRELATION, {name: torch.tensor(m).float() for name, m in matrices.items()}, {})
+    save_weights(files.ENCODER, {"w": torch.zeros(1)}, {"data": webdataset.digest(webdataset.tars("pretrain"))})
 
 
 def evaluation(classes, test, labelled):
@@ -144,7 +143,7 @@ def evaluation(classes, test, labelled):
 
 
 def accuracy(key, value):
-    low, high = probe.wilson_interval(value, 1000)
+    low, high = intervals.wilson_interval(value, 1000)
     return {key: value, f"{key}_low": low, f"{key}_high": high}
 
 

@@ -99,7 +99,7 @@ def test_an_unknown_claim_and_other_data_end_before_anything_runs(monkeypatch, c
     assert cli.main(["claims", "lambda", "size"]) == 2
     assert "claim 'size' is not known; there are: batch_size, dimension" in capsys.readouterr().err
     assert cli.main(["claims", "--preset", "gpu"]) == 2
-    assert "is for data.source=torchvision:CIFAR10, and params.yaml has synthetic" in capsys.readouterr().err
+    assert "is for ingest.source=torchvision:CIFAR10, and params.yaml has synthetic" in capsys.readouterr().err
 
 
 def test_the_file_in_git_is_one_that_claims_wrote_or_the_first():

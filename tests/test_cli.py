@@ -1,3 +1,5 @@
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -7,7 +9,7 @@ import pytest
 
 from barlow import cli
 from barlow.core.errors import DataError, Interrupted, UserError
-from barlow.settings.flags import Settings
+from barlow.settings.flags import Flags
 
 
 @pytest.fixture
@@ -46,13 +48,6 @@ def test_a_missing_extra_is_named(stage, capsys):
     assert capsys.readouterr().err == "barlow ingest: torch is not installed; pip install 'barlow[train]'\n"
 
 
-def test_scan_passes_the_data_section(stage):
-    seen = []
-    stage.scan = seen.append
-    assert cli.main(["scan"]) == 0
-    assert seen[0].source == "synthetic"
-
-
 def test_only_pretrain_has_a_dry_run(stage, monkeypatch, capsys):
     seen = []
     module = types.ModuleType("barlow.pretrain")
@@ -65,25 +60,14 @@ def test_only_pretrain_has_a_dry_run(stage, monkeypatch, capsys):
     assert "unrecognized arguments: --dry-run" in capsys.readouterr().err
 
 
-def test_report_writes_the_page_or_compares(stage, monkeypatch):
-    seen = []
-    for name in ("report", "compare"):
-        module = types.ModuleType(f"barlow.{name}")
-        module.run = lambda argument, name=name: seen.append((name, getattr(argument, "report", argument)))
-        monkeypatch.setitem(sys.modules, f"barlow.{name}", module)
-    assert cli.main(["report"]) == cli.main(["report", "--compare", "HEAD~1"]) == 0
-    assert [name for name, _ in seen] == ["report", "compare"]
-    assert seen[1][1] == "HEAD~1"
-
-
 @pytest.fixture
 def call(monkeypatch):
     """`call(command, *arguments)` returns what the command's function gets, by name."""
 
-    def call(command, function, *arguments):
+    def call(command, *arguments):
         seen = []
         module = types.ModuleType(f"barlow.{command}")
-        setattr(module, function, lambda **values: seen.append(values))
+        module.run = lambda **values: seen.append(values)
         monkeypatch.setitem(sys.modules, f"barlow.{command}", module)
         assert cli.main([command, *arguments]) == 0
         return seen.pop()
@@ -93,31 +77,24 @@ def call(monkeypatch):
 
 def test_index_takes_files_folders_or_nothing(call):
     default = {"paths": [], "out": "models/index", "model": "models/encoder.onnx", "keep": False}
-    assert call("index", "run") == default
-    given = call("index", "run", "a.jpg", "photos", "--out", "there", "--model", "other.onnx", "--keep")
+    assert call("index") == default
+    given = call("index", "a.jpg", "photos", "--out", "there", "--model", "other.onnx", "--keep")
     assert given == {"paths": ["a.jpg", "photos"], "out": "there", "model": "other.onnx", "keep": True}
 
 
 def test_serve_has_a_flag_for_each_setting(call):
     default = {"model": "models/encoder.onnx", "host": "127.0.0.1", "port": 8000, "index": "models/index"}
-    assert call("serve", "serve") == default | vars(Settings())
-    settings = {name: number for number, name in enumerate(vars(Settings()), 101)}
+    assert call("serve") == default | vars(Flags())
+    settings = {name: number for number, name in enumerate(vars(Flags()), 101)}
     flags = [f"--{name.replace('_', '-')}={number}" for name, number in settings.items()]
     given = {"model": "m.onnx", "host": "::1", "port": 80, "index": "there"}
-    assert call("serve", "serve", *flags, *(f"--{name}={value}" for name, value in given.items())) == given | settings
+    assert call("serve", *flags, *(f"--{name}={value}" for name, value in given.items())) == given | settings
 
 
 def test_a_setting_that_is_no_number_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["serve", "--max-queue", "many"])
     assert "argument --max-queue: invalid int value: 'many'" in capsys.readouterr().err
-
-
-def test_index_is_a_command_of_the_training_environment():
-    program = "import sys; sys.modules['pyarrow'] = None; from barlow import cli; sys.exit(cli.main(['index']))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    wanted = "barlow index: pyarrow is not installed; pip install 'barlow[train]'\n"
-    assert (done.returncode, done.stderr) == (2, wanted)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["index", "--help"], ["serve", "--help"]])
@@ -142,7 +119,18 @@ def test_help_imports_nothing_heavy():
     )
 
 
-def test_each_stage_has_a_command_and_a_module(request):
-    for stage in cli.STAGES:
-        assert (request.config.rootpath / f"src/barlow/{stage}.py").exists()
-        assert cli.parser().parse_args([stage]).command == stage
+def test_the_commands_are_the_files_at_the_top(request):
+    files = {path.stem for path in (request.config.rootpath / "src/barlow").glob("*.py")} - {"__init__", "cli"}
+    (commands,) = (action for action in cli.parser()._actions if action.dest == "command")
+    assert set(commands.choices) == files
+    assert set(cli.STAGES) < cli.READS_PARAMS < files
+
+
+@pytest.mark.parametrize("command", sorted(cli.READS_PARAMS))
+def test_who_reads_params_gets_them_first(command):
+    module = importlib.import_module(f"barlow.{command}")
+    assert next(iter(inspect.signature(module.run).parameters)) == "params"
+
+
+def test_compare_takes_a_revision(call):
+    assert call("compare", "HEAD~1") == {"revision": "HEAD~1"}

@@ -110,7 +110,7 @@ def test_curves_that_are_not_in_the_cache_are_missing_and_no_error(repository, t
 
 def test_errors_name_the_revision():
     for name in ("nowhere", "--help"):
-        with pytest.raises(UserError, match=f"--compare {name} is no git revision and no DVC experiment"):
+        with pytest.raises(UserError, match=f"{name} is no git revision and no DVC experiment"):
             compare.run(name)
     with pytest.raises(UserError, match=r"first has no reports/evaluate\.json"):
         compare.run("first")

@@ -145,13 +145,13 @@ def test_the_newest_images_are_looked_at(tmp_path):
 
 def test_at_most_max_images(check, tmp_path):
     folder = pictures(tmp_path / "recent", 40, 1)
-    embed.embed_files([folder], "recent.parquet", "encoder.onnx")
+    embed.run([folder], "recent.parquet", "encoder.onnx")
     assert [check(recent, max_images=30)["images"] for recent in (folder, "recent.parquet")] == [30, 30]
 
 
 def test_embeddings_in_a_parquet_file(check, tmp_path):
     for name, darker in {"like": 0, "dark": 30}.items():
-        embed.embed_files([pictures(tmp_path / name, 40, 1, darker)], f"{name}.parquet", "encoder.onnx")
+        embed.run([pictures(tmp_path / name, 40, 1, darker)], f"{name}.parquet", "encoder.onnx")
     assert check("dark.parquet")["breach"] is True
     result = check(recent="like.parquet")
     assert (result["breach"], result["recent"], result["images"]) == (False, "like.parquet", 40)

@@ -1,5 +1,3 @@
-import threading
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -27,7 +25,7 @@ def test_a_folder(project, capsys):
         picture(project / "photos" / name, 40 * index)
     (project / "photos/notes.txt").write_text("no image")
     (project / "photos/b/loop").symlink_to("..")
-    embed.embed_files(["photos"], "out/vectors.parquet")
+    embed.run(["photos"], "out/vectors.parquet")
     table = parquet.read_table("out/vectors.parquet")
     wanted = ["c.png", "d.tiff", "a/y.webp", "b/ü x.JPG", "b/z/deep.bmp"]
     assert table["path"].to_pylist() == [f"photos/{name}" for name in wanted]
@@ -44,7 +42,7 @@ def test_a_folder(project, capsys):
 def test_classes(project, mean_onnx):
     mean_onnx(project / "head.onnx", ["red", "green", "blue"])
     Image.new("RGB", (3, 3), (0, 1, 0)).save("green.png")
-    embed.embed_files(["green.png"], "vectors.parquet", "head.onnx")
+    embed.run(["green.png"], "vectors.parquet", "head.onnx")
     row = parquet.read_table("vectors.parquet").to_pylist()[0]
     assert row["class"] == "green"
     assert row["probability"] == pytest.approx(np.exp(2) / (2 + np.exp(2)))
@@ -56,7 +54,7 @@ def test_bad_files_cost_a_line_each(project, capsys):
     (project / "empty.png").write_bytes(b"")
     data = (project / "good.png").read_bytes()
     (project / "half.png").write_bytes(data[: len(data) // 2])
-    embed.embed_files(["text.jpg", "good.png", "empty.png", "half.png", "none.png"], "vectors.parquet")
+    embed.run(["text.jpg", "good.png", "empty.png", "half.png", "none.png"], "vectors.parquet")
     assert parquet.read_table("vectors.parquet")["path"].to_pylist() == ["good.png"]
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
@@ -69,7 +67,7 @@ def test_when_all_fail_the_old_file_stays(project):
     (project / "vectors.parquet").write_text("old")
     (project / "text.jpg").write_text("text")
     with pytest.raises(UserError, match=r"none of the 2 files is an image .* text\.jpg, none\.jpg"):
-        embed.embed_files(["text.jpg", "none.jpg"], "vectors.parquet")
+        embed.run(["text.jpg", "none.jpg"], "vectors.parquet")
     assert (project / "vectors.parquet").read_text() == "old"
     assert sorted(path.name for path in project.iterdir()) == ["models", "text.jpg", "vectors.parquet"]
 
@@ -77,19 +75,19 @@ def test_when_all_fail_the_old_file_stays(project):
 def test_an_empty_folder(project):
     (project / "photos").mkdir()
     with pytest.raises(UserError, match="there is no image in photos"):
-        embed.embed_files(["photos"], "vectors.parquet")
+        embed.run(["photos"], "vectors.parquet")
 
 
 def test_out_is_a_folder(project):
     (project / "photos").mkdir()
     with pytest.raises(UserError, match=r"--out photos is a folder; name a file, such as photos/vectors\.parquet"):
-        embed.embed_files(["photos"], "photos")
+        embed.run(["photos"], "photos")
 
 
 def test_a_name_that_is_no_unicode(project):
     picture(project / "x.png", 1)
     (project / "x.png").rename(b"\xff.png".decode(errors="surrogateescape"))
-    embed.embed_files(["."], "vectors.parquet")
+    embed.run(["."], "vectors.parquet")
     assert parquet.read_table("vectors.parquet")["path"].to_pylist() == ["./\\xff.png"]
 
 
@@ -97,26 +95,9 @@ def test_rows_survive_being_written_in_groups(project, monkeypatch):
     monkeypatch.setattr(embed, "ROW_GROUP", 100)
     for index in range(250):
         picture(project / f"photos/{index:03}.png", index)
-    embed.embed_files(["photos"], "vectors.parquet")
+    embed.run(["photos"], "vectors.parquet")
     file = parquet.ParquetFile("vectors.parquet")
     assert file.num_row_groups == 2  # after two batches of 64, and what is left
     rows = file.read().to_pylist()
     assert [row["path"] for row in rows] == [f"photos/{index:03}.png" for index in range(250)]
     np.testing.assert_allclose([row["embedding"] for row in rows], np.arange(250)[:, None].repeat(3, 1), atol=1e-4)
-
-
-def test_files_are_read_ahead_in_order_and_only_a_few(monkeypatch):
-    started, drawn = threading.Event(), []
-
-    def slow_first(path):
-        if path == "0":
-            started.wait(5)  # until a later file was begun
-        else:
-            started.set()
-        return path
-
-    monkeypatch.setattr(embed, "_read", slow_first)
-    ahead = embed.read_ahead((drawn.append(i) or str(i) for i in range(100)), threads=2)
-    assert next(ahead) == ("0", "0")
-    assert len(drawn) <= 6
-    assert [path for path, _ in ahead] == [str(i) for i in range(1, 100)]

@@ -9,9 +9,9 @@ from sklearn.preprocessing import StandardScaler
 from barlow import evaluate
 from barlow.core import files
 from barlow.core.errors import UserError
-from barlow.evaluation import features, probe
+from barlow.core.weights import load_weights
+from barlow.evaluation import features, intervals
 from barlow.evaluation.features import Split
-from barlow.training import model
 
 CLASSES = ["a", "b", "c", "d"]
 SIZES = {"train": 80, "val": 40, "test": 60}
@@ -63,7 +63,7 @@ def test_the_linear_probe_is_scikit_learns(metrics):
 
 
 def test_the_head_and_the_confusion_are_those_of_the_probe(metrics):
-    test, (head, metadata) = features.load("pretrained", "test"), model.load_weights(files.HEAD)
+    test, (head, metadata) = features.load("pretrained", "test"), load_weights(files.HEAD)
     predictions = (test.features @ head["weight"].T + head["bias"]).argmax(1)
     assert metrics["linear_top1"] == pytest.approx(100 * (predictions == test.labels).double().mean().item())
     assert metadata["classes"] == CLASSES
@@ -94,7 +94,7 @@ def test_few_label_probes_are_means_over_draws(metrics):
     for prefix, encoder in {"": "pretrained", "random_": "random", "pixels_": "pixels"}.items():
         top1 = [float(row["top1"]) for row in rows if (row["encoder"], row["setting"]) == (encoder, "labels_5")]
         assert metrics[f"{prefix}labels_5_top1"] == pytest.approx(np.mean(top1))
-        low, high = probe.mean_interval(top1, 60)
+        low, high = intervals.mean_interval(top1, 60)
         assert (metrics[f"{prefix}labels_5_top1_low"], metrics[f"{prefix}labels_5_top1_high"]) == (low, high)
     assert metrics["labels_1_top1"] < metrics["labels_5_top1"] < metrics["linear_top1"] + 1e-9
 
@@ -141,7 +141,7 @@ def test_without_labels_health_is_all(tmp_path, monkeypatch, smoke, split, capsy
     assert metrics[f"{split}_images"] == 0
     assert metrics["effective_rank"] > 1
     assert metrics["alignment"] > 0 > metrics["uniformity"]
-    assert model.load_weights(files.HEAD) == ({}, {"classes": []})
+    assert load_weights(files.HEAD) == ({}, {"classes": []})
     assert files.CONFUSION.read_text().splitlines() == ["actual,predicted"]
     assert "no labels" in capsys.readouterr().out
 

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from barlow import export
 from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
+from barlow.core.weights import load_weights, save_weights
 from barlow.encoder.encoder import Encoder
 from barlow.training import model
 
@@ -44,9 +45,9 @@ def write_weights(params, head=True, seed=0):
         elif name.endswith("running_var"):
             buffer *= 0.5 + torch.rand_like(buffer)
     sections = {name: dataclasses.asdict(getattr(params, name)) for name in ("model", "views", "pretrain")}
-    model.save_weights(files.ENCODER, encoder.backbone.state_dict(), {**sections, "data": "d1", "steps": 3})
+    save_weights(files.ENCODER, encoder.backbone.state_dict(), {**sections, "data": "d1", "steps": 3})
     tensors = {"weight": torch.randn(3, 512), "bias": torch.randn(3)} if head else {}
-    model.save_weights(files.HEAD, tensors, {"classes": CLASSES if head else []})
+    save_weights(files.HEAD, tensors, {"classes": CLASSES if head else []})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,7 +127,7 @@ def test_files_pil_and_arrays_of_mixed_sizes(inside, tmp_path, batch_size):
     encoder = Encoder()
     wanted = in_torch(pixels)
     np.testing.assert_allclose(encoder.embed(kinds, batch_size), wanted, atol=2e-5)
-    head, _ = model.load_weights(files.HEAD)
+    head, _ = load_weights(files.HEAD)
     logits = wanted @ head["weight"].numpy().T + head["bias"].numpy()
     np.testing.assert_allclose(encoder.classify(kinds, batch_size), logits, atol=1e-3)
 
@@ -208,13 +209,17 @@ def test_triton_serves_what_was_exported(inside):
 
 @pytest.mark.slow
 def test_the_same_weights_give_the_same_bytes_in_another_process(inside, tmp_path):
-    script = (
-        "import sys; from barlow import export, model, files\n"
-        "encoder, trained = model.load_encoder()\n"
-        "head, metadata = model.load_weights(files.HEAD)\n"
-        "network = export.Exported(encoder, head).eval()\n"
-        "export.write(network, export._metadata(encoder, trained, metadata['classes']), 18, files.Path(sys.argv[1]))\n"
-    )
+    script = """
+import sys
+from barlow import export
+from barlow.core import files
+from barlow.core.weights import load_weights
+from barlow.training import model
+encoder, trained = model.load_encoder()
+head, metadata = load_weights(files.HEAD)
+network = export.Exported(encoder, head).eval()
+export.write(network, export._metadata(encoder, trained, metadata["classes"]), 18, files.Path(sys.argv[1]))
+"""
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "again.onnx")], check=True, timeout=120)
     assert (tmp_path / "again.onnx").read_bytes() == files.ONNX.read_bytes()
 

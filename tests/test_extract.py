@@ -9,8 +9,9 @@ from PIL import Image
 from barlow import extract
 from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
-from barlow.evaluation import features, probe
-from barlow.training import model
+from barlow.core.weights import save_weights
+from barlow.evaluation import features
+from barlow.training import health, model
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def folder(tmp_path_factory, small_shards, smoke, one_thread):
         torch.manual_seed(7)
         encoder = model.FrozenEncoder(smoke.model, smoke.views)
         identity = {"model": dataclasses.asdict(smoke.model), "views": dataclasses.asdict(smoke.views)}
-        model.save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
+        save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
         extract.run(smoke)
     return folder
 
@@ -41,7 +42,7 @@ def unlabelled(folder, source, *splits):
         webdataset.write(
             folder / f"{split}-000000.tar", (s._replace(label=-1) if split in splits else s for s in samples)
         )
-    files.write_json(folder / webdataset.CLASSES, webdataset.classes(source))
+    files.write_json(folder / webdataset.CLASSES_FILE, webdataset.classes(source))
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -88,7 +89,7 @@ def test_the_views_are_pairs(extracted):
     """Two views of one image are more alike than those of two images."""
     view_a, view_b = (features.load("pretrained", name).features for name in ("view_a", "view_b"))
     assert len(view_a) == len(view_b) == 200
-    assert probe.alignment(view_a, view_b) < probe.alignment(view_a, view_b.roll(1, 0))
+    assert health.alignment(view_a, view_b) < health.alignment(view_a, view_b.roll(1, 0))
 
 
 def test_health_looks_at_pretrain_where_val_is_small(extracted):

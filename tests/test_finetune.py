@@ -6,6 +6,7 @@ import torch
 
 from barlow import finetune
 from barlow.core import files, webdataset
+from barlow.core.weights import save_weights
 from barlow.finetune import Study
 from barlow.training import model
 
@@ -22,7 +23,7 @@ def encoder(project, smoke):
     torch.manual_seed(7)
     encoder = model.FrozenEncoder(smoke.model, smoke.views)
     identity = {"model": dataclasses.asdict(smoke.model), "views": dataclasses.asdict(smoke.views)}
-    model.save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
+    save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
     return encoder
 
 
@@ -116,7 +117,7 @@ def test_without_labels_there_is_nothing_to_finetune(encoder, params, small_shar
     for split in ("pretrain", "train", "val", "test"):
         samples = webdataset.read(webdataset.tars(split, small_shards))
         webdataset.write(files.SHARDS / f"{split}-000000.tar", (sample._replace(label=-1) for sample in samples))
-    files.write_json(files.SHARDS / webdataset.CLASSES, [])
+    files.write_json(files.SHARDS / webdataset.CLASSES_FILE, [])
     finetune.run(params)
     assert list(files.read_json("reports/finetune.json")) == ["seconds"]
 

@@ -18,8 +18,7 @@ from barlow import extract, finetune, pretrain
 from barlow.evaluation import features, probe
 from barlow.settings.params import Ablation
 from barlow.training import distributed, model
-from barlow.training.ablation import ablated_loss
-from barlow.training.loss import barlow_twins_loss, cross_correlation
+from barlow.training.loss import ablated_loss, barlow_twins_loss, cross_correlation
 from barlow.training.optim import LARS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

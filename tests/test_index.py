@@ -213,7 +213,7 @@ def packed(tmp_path, monkeypatch, model):
     test = [sample(100 + i, colours[label], label) for i, label in enumerate(labels)]
     for split, samples in {"train": train, "pretrain": pretrain, "test": test, "val": [sample(50, "red", 0)]}.items():
         webdataset.write(files.SHARDS / f"{split}-000000.tar", samples)
-    files.write_json(files.SHARDS / webdataset.CLASSES, colours[:3])
+    files.write_json(files.SHARDS / webdataset.CLASSES_FILE, colours[:3])
     return {"train": train, "pretrain": pretrain, "test": test}
 
 
@@ -248,7 +248,7 @@ def test_samples_are_test_images_a_class_in_turn(packed, model):
 
 
 def test_shards_without_labels_or_names(packed, model):
-    (files.SHARDS / webdataset.CLASSES).unlink()
+    (files.SHARDS / webdataset.CLASSES_FILE).unlink()
     for split, samples in packed.items():
         webdataset.write(files.SHARDS / f"{split}-000000.tar", [sample._replace(label=-1) for sample in samples])
     index.run(model=model)

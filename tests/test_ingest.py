@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from barlow import ingest
+from barlow import ingest, scan
 from barlow.core import files
 from barlow.core.errors import Interrupted, UserError
 from barlow.data import facts, manifest
@@ -27,7 +27,7 @@ def read(smoke, change):
     """`read(source, **data)` runs the stage and returns the manifest's rows by path."""
 
     def read(source, **values):
-        ingest.run(change(smoke, "data", source=str(source), **values))
+        ingest.run(change(smoke, "ingest", source=str(source), **values))
         return {row["path"]: row for row in manifest.read().to_pylist()}
 
     return read
@@ -196,42 +196,9 @@ def test_listed_file_that_is_missing_has_a_row(tmp_path, read):
 def test_other_platforms_are_told_what_is_missing(smoke, monkeypatch, system, machine):
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    for command in (lambda: ingest.run(smoke), lambda: ingest.scan(smoke.data)):
+    for command in (lambda: ingest.run(smoke), lambda: scan.run(smoke)):
         with pytest.raises(UserError, match=rf"this is {system} on {machine}: NVIDIA DALI"):
             command()
-
-
-def test_scan_changes_only_with_the_files(tmp_path, smoke, change):
-    photos = fill(tmp_path / "photos", range(2))
-
-    def scan(source):
-        ingest.scan(change(smoke, "data", source=str(source)).data)
-        return ingest.SOURCE.stat().st_ino, files.read_json(ingest.SOURCE)
-
-    inode, first = scan(photos)
-    assert scan(photos) == (inode, first)  # not even written again
-    assert (first["source"], first["files"]) == (str(photos), 4)
-    assert first["bytes"] == sum(path.stat().st_size for path in photos.rglob("*.png"))
-    os.utime(photos / "cat/0.png", ns=(1, 1))
-    _, touched = scan(photos)
-    assert touched["listing_sha256"] != first["listing_sha256"]
-    (photos / "cat/0.png").rename(photos / "cat/renamed.png")
-    assert scan(photos)[1]["listing_sha256"] not in (first["listing_sha256"], touched["listing_sha256"])
-    assert scan("synthetic")[1] == {"source": "synthetic"}
-    assert scan("torchvision:CIFAR10")[1] == {"source": "torchvision:CIFAR10"}
-    with pytest.raises(UserError, match="is no source"):
-        scan("nowhere")
-
-
-def test_scan_sees_a_changed_label_in_a_list(tmp_path, smoke, change):
-    fill(tmp_path, range(1))
-    data = change(smoke, "data", source="list.csv").data
-    (tmp_path / "list.csv").write_text("path,label\ncat/0.png,cat\n")
-    ingest.scan(data)
-    before = files.read_json(ingest.SOURCE)
-    (tmp_path / "list.csv").write_text("path,label\ncat/0.png,dog\n")
-    ingest.scan(data)
-    assert files.read_json(ingest.SOURCE) != before
 
 
 @pytest.mark.parametrize(
@@ -256,7 +223,7 @@ def test_splits_that_were_drawn_empty_are_told(tmp_path, read, capsys):
     photos = fill(tmp_path / "photos", range(20))
     read(photos, val_fraction=0.2, test_fraction=0.0)
     wanted = (
-        r"no labelled image in test, .*; add labelled images, or raise data.val_fraction=0.2 and .*test_fraction=0\n"
+        r"no labelled image in test, .*; add labelled images, or raise ingest.val_fraction=0.2 and .*test_fraction=0\n"
     )
     assert re.search(wanted, capsys.readouterr().err)
 

@@ -42,7 +42,7 @@ def test_the_metrics_are_complete(project):
     for name in ("linear_top1", "knn_top1", "random_linear_top1", "random_knn_top1"):
         assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"]
     assert metrics["effective_rank"] > 1
-    validation = files.read_json(project / "reports/validation.json")
+    validation = files.read_json(project / "reports/validate.json")
     rows = (project / "data/quarantine.csv").read_text().splitlines()[1:]
     assert validation["quarantined"] == len(rows) == 4  # the planted defects
     assert validation["accepted"] + validation["quarantined"] == validation["images"] == 704
@@ -78,7 +78,7 @@ def test_metrics_and_plots_are_shown(project):
     assert "confusion" in run(project, "dvc", "plots", "show", "--show-vega", "confusion")
     html = run(project, "dvc", "plots", "show").strip().removeprefix("file://")
     text = Path(html).read_text()
-    for name in ("on_diagonal", "gradient_norm", "samples_per_second", "few_labels.csv"):
+    for name in ("invariance", "gradient_norm", "samples_per_second", "few_labels.csv"):
         assert name in text
 
 

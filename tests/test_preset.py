@@ -38,7 +38,7 @@ def test_what_changed_is_printed_and_comments_stay(capsys):
     preset.run("cifar10")
     out = capsys.readouterr().out
     assert "pretrain.epochs: 6 -> 1000" in out
-    assert "data.source: synthetic -> torchvision:CIFAR10" in out
+    assert "ingest.source: synthetic -> torchvision:CIFAR10" in out
     assert comments() == before
     assert "max_side: null" in Path("params.yaml").read_text()
     preset.run("cifar10")

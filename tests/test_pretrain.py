@@ -22,6 +22,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from barlow import pretrain
 from barlow.core import files, images, webdataset
 from barlow.core.errors import Interrupted, UserError
+from barlow.core.weights import load_weights, save_weights
 from barlow.evaluation import features
 from barlow.training import checkpoint, distributed, model, progress
 
@@ -80,7 +81,7 @@ def test_it_learns_and_writes_what_later_stages_read(project, smoke, change):
     assert metadata["steps"] == 9
     assert metadata["data"] == webdataset.digest(webdataset.tars("pretrain"))
     assert loaded(torch.zeros(1, 28, 28, 3, dtype=torch.uint8)).shape == (1, 512)
-    corners, _ = model.load_weights(files.CORRELATION)
+    corners, _ = load_weights(files.CORRELATION)
     assert {name: corner.shape for name, corner in corners.items()} == dict.fromkeys(
         ["after", "before", "during"], (64, 64)
     )
@@ -162,7 +163,7 @@ def test_a_full_disk_ends_the_run_at_once_and_it_goes_on_when_there_is_room(
     params = change(smoke, "pretrain", checkpoint_steps=2)
     steps = []
 
-    def full(path, *arguments, save=model.save_weights):
+    def full(path, *arguments, save=save_weights):
         if path.name == "step-000000004.safetensors":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(path, *arguments)
@@ -360,7 +361,7 @@ def test_torchrun_starts_the_processes_again_and_they_end_as_one_does(
     # One thread and two differ by 2e-9 in the norm of the weights and by 4e-3 in that of the last step's gradient.
     assert curve("weight_norm")[-1] == pytest.approx(report["weight_norm"], rel=1e-6)
     assert curve("gradient_norm")[-1] == pytest.approx(report["gradient_norm"], rel=2e-2)
-    for name in ("on_diagonal", "off_diagonal", "std", "lr"):  # of the global batch, whoever tells
+    for name in ("invariance", "redundancy", "std", "lr"):  # of the global batch, whoever tells
         assert curve(name)[-1] == pytest.approx(report[name], rel=5e-3), name
     assert files.ENCODER.exists()
 

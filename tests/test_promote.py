@@ -203,7 +203,7 @@ def test_without_labels_accuracy_is_not_compared(encoders, held, tmp_path, small
     for split in ("pretrain", "train", "val", "test"):
         samples = webdataset.read(webdataset.tars(split, small_shards))
         webdataset.write(folder / f"{split}-000000.tar", (sample._replace(label=-1) for sample in samples))
-    files.write_json(folder / webdataset.CLASSES, [])
+    files.write_json(folder / webdataset.CLASSES_FILE, [])
     for name in ("edges", "other"):
         encoders(name, classes=())
         keys = [sample.key for sample in webdataset.read(webdataset.tars("test"))]
@@ -249,7 +249,7 @@ def test_two_at_once(encoders, held):
 
 
 def test_there_is_no_encoder(project, smoke):
-    with pytest.raises(UserError, match=r"models/encoder\.onnx is missing; run `dvc repro`"):
+    with pytest.raises(UserError, match=r"models/encoder\.onnx is missing; run `barlow export`"):
         promote.run(smoke)
 
 

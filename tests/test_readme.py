@@ -10,7 +10,7 @@ import pytest
 import yaml
 from services import encoded, start
 
-from barlow import summary
+from barlow.evaluation import tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,13 +63,13 @@ def test_python(service, monkeypatch, indexed):
     names = {}
     exec(program.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}"), names)
     assert names["vector"] == pytest.approx(Encoder("models/encoder.onnx").embed(["a.jpg"]), rel=1e-4, abs=1e-4)
-    [program] = [block for block in blocks("python") if "barlow.encoder.encoder" in block]
+    [program] = [block for block in blocks("python") if "from barlow import Encoder" in block]
     exec(program, names)
     assert names["vectors"] == pytest.approx(Encoder("models/encoder.onnx").embed(["a.jpg", "b.png"]))
 
 
 def test_the_rates_for_images_of_ones_own_are_a_tenth_of_the_defaults():
-    """As the comment on `data.source` has them too."""
+    """As the comment on `ingest.source` has them too."""
     [block] = [yaml.safe_load(block) for block in blocks("yaml") if "lr_weights" in block]
     text = (ROOT / "params.yaml").read_text()
     defaults = yaml.safe_load(text)["pretrain"]
@@ -85,7 +85,7 @@ def recorded(name):
 
 
 def test_the_results_are_what_summary_prints_of_the_recorded_run():
-    assert f"```\n{summary.table(recorded('default_run')['metrics'])}\n```" in README
+    assert f"```\n{tables.table(recorded('default_run')['metrics'])}\n```" in README
 
 
 def test_what_it_says_of_other_seeds_is_what_they_came_out_at():

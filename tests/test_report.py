@@ -7,13 +7,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import stages
+import torch
 from stages import CLASSES, HOSTILE, READABLE
 
-from barlow import report, summary
-from barlow.core import files, webdataset
+from barlow import report
+from barlow.core import files, provenance, webdataset
 from barlow.core.errors import UserError
+from barlow.core.weights import load_weights, save_weights
 from barlow.evaluation import features
-from barlow.training import model
 
 SECTIONS = ["headline", "few-labels", "data", "views", "curves", "correlation", "map", "neighbours", "confusion"]
 SECTIONS += ["classes", "claims", "training", "provenance"]
@@ -75,12 +76,12 @@ def copy(project, tmp_path, monkeypatch):
 
 @pytest.fixture
 def page(project):
-    return Page((project / summary.REPORT).read_text())
+    return Page((project / files.REPORT).read_text())
 
 
 def render(params):
     report.run(params)
-    return Page(summary.REPORT.read_text())
+    return Page(files.REPORT.read_text())
 
 
 def test_every_section_has_a_heading_and_content(page):
@@ -91,7 +92,7 @@ def test_every_section_has_a_heading_and_content(page):
 
 
 def test_the_page_is_one_small_file_without_scripts(project, page):
-    html = (project / summary.REPORT).read_text()
+    html = (project / files.REPORT).read_text()
     assert len(html) < 2_000_000
     addresses = [a[key] for _, a in page.tags for key in ("src", "href", "srcset", "data", "action") if key in a]
     assert all(address.startswith(("data:image/", "#")) for address in addresses)
@@ -164,7 +165,7 @@ def test_without_labels_the_page_says_so(tmp_path, monkeypatch, smoke):
     for section in ("few-labels", "confusion", "classes"):
         assert "Nothing to show" in page.text[section]
     assert "✓" not in page.text["neighbours"]
-    html = summary.REPORT.read_text()
+    html = files.REPORT.read_text()
     section = html.partition('<section id="neighbours">')[2].partition("</section>")[0]
     assert section.count('<img class="pixels"') == 7 * smoke.report.images
     assert sum(tag == "input" for tag, _ in page.tags) == 60
@@ -200,8 +201,8 @@ def test_a_supervised_network_that_is_ahead_is_told_at_once(copy, smoke):
 def test_a_run_of_one_step(tmp_path, monkeypatch, smoke):
     monkeypatch.chdir(tmp_path)
     stages.write(test=1, epochs=1)
-    before = model.load_weights(files.CORRELATION)[0]["before"]
-    model.save_weights(files.CORRELATION, {"before": before}, {})
+    before = load_weights(files.CORRELATION)[0]["before"]
+    save_weights(files.CORRELATION, {"before": before}, {})
     page = render(smoke)
     assert "1 epoch in" in page.text["curves"]
     assert "last step" not in page.text["correlation"]
@@ -279,7 +280,7 @@ def test_data_shows_counts_checks_and_what_was_put_aside(page):
 
 def test_names_from_outside_cannot_break_the_page(project, page):
     assert not any(tag == "script" for tag, _ in page.tags)
-    assert "\u202e" not in (project / summary.REPORT).read_text()
+    assert "\u202e" not in (project / files.REPORT).read_text()
     assert READABLE in page.text["confusion"]
     assert READABLE in page.text["neighbours"]
     assert READABLE + ".jpg" in page.text["data"]
@@ -315,7 +316,7 @@ def test_claims_are_told_with_their_verdict_and_every_run(page):
 
 def test_the_same_run_gives_the_same_page(project, copy, smoke):
     report.run(smoke)
-    assert summary.REPORT.read_bytes() == (project / summary.REPORT).read_bytes()
+    assert files.REPORT.read_bytes() == (project / files.REPORT).read_bytes()
 
 
 @pytest.mark.parametrize("path", report.INPUTS, ids=str)
@@ -329,3 +330,18 @@ def test_shards_of_another_run_are_noticed(copy, smoke):
     webdataset.write(files.SHARDS / "test-000000.tar", stages.samples("fresh", 5, CLASSES))
     with pytest.raises(UserError, match="run `barlow extract` again"):
         report.run(smoke)
+
+
+def test_what_is_known_of_the_encoder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_weights(files.ENCODER, {"w": torch.zeros(1)}, {"data": "digest", "steps": 872, "version": "1.2"})
+    stages.export()
+    files.write_json(files.REPORTS / "pretrain.json", {"hardware": "8 x GPU", "processes": 8})
+    facts = report.facts()
+    assert facts["Encoder"]["training images, SHA-256"] == "digest"
+    assert facts["Encoder"]["training: steps"] == "872"
+    assert facts["Encoder"]["training: hardware"] == "8 x GPU"
+    assert facts["models/encoder.onnx"]["SHA-256"] == files.sha256(files.ONNX)
+    assert facts["models/encoder.onnx"]["space"] == "0123456789abcdef"
+    assert "classes" not in facts["models/encoder.onnx"]
+    assert facts["This page"]["hardware"] == provenance.hardware()

@@ -228,7 +228,7 @@ def test_max_side_leaves_smaller_images_alone(tmp_path):
 def test_sides_of_every_kind_of_image_are_those_it_decodes_to(nasty, smoke, change, monkeypatch, max_side):
     folder, refused = nasty
     monkeypatch.chdir(folder.parent)
-    params = change(change(smoke, "data", source=str(folder), labels="none"), "shard", max_side=max_side)
+    params = change(change(smoke, "ingest", source=str(folder), labels="none"), "shard", max_side=max_side)
     ingest.run(params)
     rows = [row for row in manifest.read().to_pylist() if refused[row["path"]] is None]
     manifest.write(pa.Table.from_pylist(rows, manifest.SCHEMA), files.ACCEPTED)
@@ -245,7 +245,7 @@ def test_sides_of_every_kind_of_image_are_those_it_decodes_to(nasty, smoke, chan
 
 def test_a_lost_image_stops_the_stage_and_changes_nothing(data, smoke):
     data(ROWS)
-    files.write_json(files.SHARDS / webdataset.CLASSES, ["old"])
+    files.write_json(files.SHARDS / webdataset.CLASSES_FILE, ["old"])
     (files.RAW / "u/3.jpg").unlink()
     with pytest.raises(UserError, match=r"u/3\.jpg cannot be read \(No such file or directory\); run ingest again"):
         shard.run(smoke)
@@ -260,8 +260,8 @@ def test_a_changed_image_is_named(tmp_path):
 
 
 def test_nothing_to_pretrain_on(data, smoke):
-    with pytest.raises(UserError, match=r"data/accepted.parquet is missing; run `barlow validate` first"):
+    with pytest.raises(UserError, match=r"data/accepted.parquet is missing; run `barlow validate`"):
         shard.run(smoke)
     data([("a.jpg", "test", "a")])
-    with pytest.raises(UserError, match=r"no image of the splits pretrain and train.*data.source='synthetic'"):
+    with pytest.raises(UserError, match=r"no image of the splits pretrain and train.*ingest.source='synthetic'"):
         shard.run(smoke)

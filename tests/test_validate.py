@@ -79,7 +79,7 @@ def run(smoke, change):
     def run(table=None, source="photos", **bounds):
         if table is not None:
             manifest.write(table)
-        validate.run(change(change(smoke, "validate", **BOUNDS | bounds), "data", source=source))
+        validate.run(change(change(smoke, "validate", **BOUNDS | bounds), "ingest", source=source))
         return results()
 
     return run
@@ -107,7 +107,7 @@ def test_clean_manifest_is_accepted_whole_and_twice_alike(run, capsys):
 
 def test_nasty_folder_every_image_accepted_or_named(nasty, run, smoke, change):
     folder, refused = nasty
-    data = change(smoke, "data", source=str(folder), val_fraction=0.0, test_fraction=0.0)
+    data = change(smoke, "ingest", source=str(folder), val_fraction=0.0, test_fraction=0.0)
     ingest.run(data)
     accepted, reasons, summary = run(source=str(folder), **LOOSE)
     assert sorted(accepted) == sorted(path for path, why in refused.items() if why is None)
@@ -121,7 +121,7 @@ def test_nasty_folder_every_image_accepted_or_named(nasty, run, smoke, change):
 def test_what_was_put_aside_can_be_seen(nasty, run, smoke, change, monkeypatch):
     monkeypatch.setattr(expectations, "write_docs", lambda *arguments: None)  # for speed
     folder, _ = nasty
-    ingest.run(change(smoke, "data", source=str(folder), val_fraction=0.0, test_fraction=0.0))
+    ingest.run(change(smoke, "ingest", source=str(folder), val_fraction=0.0, test_fraction=0.0))
     (folder / "bad/a.gif").unlink()  # gone since
     _, reasons, _ = run(source=str(folder), **LOOSE)
     shown = {path: files.QUARANTINED / f"{i:03d}.jpg" for i, path in enumerate(reasons)}
@@ -307,7 +307,7 @@ def test_ks_is_the_two_sample_statistic():
 def test_too_few_images_to_train_on(run, splits):
     one = table(2, split=dict(enumerate(splits)), label={0: None, 1: None})
     with pytest.raises(
-        UserError, match=rf"data.source=photos has {splits.count('pretrain')} accepted images to train on"
+        UserError, match=rf"ingest.source=photos has {splits.count('pretrain')} accepted images to train on"
     ):
         run(one)
     assert not files.ACCEPTED.exists()

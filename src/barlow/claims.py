@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from barlow.core import files, machine, provenance
-from barlow.evaluation import probe
+from barlow.core import files, provenance
+from barlow.evaluation import intervals
 from barlow.experiments import grid, runs
 from barlow.settings.params import Params
 
@@ -70,7 +70,7 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
         {
             "preset": preset,
             "revision": revision,
-            "hardware": machine.hardware(),
+            "hardware": provenance.hardware(),
             "seconds": seconds,  # of pretraining, in all experiments of this call
             "seeds": plan.seeds,
             "metric": METRIC,
@@ -110,7 +110,7 @@ def measure(runs: list[dict[str, Any]], images: int) -> dict[str, Any]:
     percents = [each[METRIC] for each in runs if METRIC in each]
     if not percents:
         return {"mean": None, "low": None, "high": None, "runs": runs}
-    low, high = probe.mean_interval(percents, images) if len(percents) > 1 else (0.0, 100.0)  # no spread is known
+    low, high = intervals.mean_interval(percents, images) if len(percents) > 1 else (0.0, 100.0)  # no spread is known
     return {"mean": statistics.fmean(percents), "low": low, "high": high, "runs": runs}
 
 

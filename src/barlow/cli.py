@@ -1,4 +1,4 @@
-"""The `barlow` command. Each stage is imported only when it runs, so that `--help` answers at once."""
+"""`barlow COMMAND`: calls `run` of the module of that name, which is imported only then; so `--help` is quick."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import importlib
 import os
 import sys
 from dataclasses import fields
-from typing import Any
 
 from barlow import __version__
 from barlow.core import files
 from barlow.core.errors import DataError, Interrupted, Refused, UserError
-from barlow.settings.flags import Settings
+from barlow.settings.flags import Flags
 
 STAGES = {
-    "ingest": "find and decode every image of data.source: data/manifest.parquet",
+    "ingest": "find and decode every image of ingest.source: data/manifest.parquet",
     "validate": "check the manifest with Great Expectations: data/accepted.parquet, data/quarantine.csv",
     "shard": "pack the accepted images, shuffled: data/shards/",
     "pretrain": "learn an encoder from unlabelled images: models/encoder.safetensors",
@@ -27,53 +26,55 @@ STAGES = {
 }
 
 
+READS_PARAMS = {*STAGES, "scan", "promote", "rollback", "drift", "claims"}  # their `run` begins with `params`
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the parser; imports nothing heavy."""
     main = argparse.ArgumentParser(prog="barlow", description="Barlow Twins: unlabelled images to a served encoder.")
     main.add_argument("--version", action="version", version=f"barlow {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, description: str | None = None) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=description or text)
+
     for stage, text in STAGES.items():
-        add = commands.add_parser(stage, help=text, description=f"Stage `{stage}`: {text}. Settings: params.yaml.")
+        added = command(stage, text, f"Stage `{stage}`: {text}. Flags: params.yaml.")
         if stage == "pretrain":
-            add.add_argument("--dry-run", action="store_true", help="print what would run, with its memory and time")
-        if stage == "report":
-            text = "instead put this run beside that of a git revision or DVC experiment: reports/compare.html"
-            add.add_argument("--compare", metavar="REV", help=text)
-
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text)
-
-    command("scan", "note in data/source.json which files data.source has, so that DVC sees added images")
+            added.add_argument("--dry-run", action="store_true", help="print what would run, with its memory and time")
+    command("scan", "note in data/source.json which files ingest.source has, so that DVC sees added images")
     command("summary", "print the headline figures of the last run")
+    compare = command("compare", "put this run beside that of a git revision or DVC experiment: reports/compare.html")
+    compare.add_argument("revision", metavar="REV", help="a commit, branch or tag, or an experiment's name")
+    preset = command("preset", "merge presets/NAME.yaml into params.yaml and print what changed")
+    preset.add_argument("name", metavar="NAME")
     promote = command("promote", "put models/encoder.onnx into production, if it is not worse than what is there")
     promote.add_argument("--check", action="store_true", help="only look whether a promotion could work")
     rollback = command("rollback", "put an earlier version back into production")
     rollback.add_argument("version", nargs="?", metavar="VERSION", help="default: the one before")
     drift = command("drift", "compare recent images with those that the encoder in production was trained on")
     drift.add_argument("recent", nargs="?", metavar="FOLDER|PARQUET", help="default: drift.recent of params.yaml")
-    preset = command("preset", "merge presets/NAME.yaml into params.yaml and print what changed")
-    preset.add_argument("name", metavar="NAME")
-    claims = command("claims", "test the paper's claims by DVC experiments: reports/claims.json, a table a claim")
+    claims = command("claims", "test the paper's claims by DVC experiments: reports/claims.json, one table per claim")
     claims.add_argument("names", nargs="*", metavar="NAME", help="of the preset's claims; default: all")
     claims.add_argument("--preset", default="cpu", help="presets/claims/PRESET.yaml (default %(default)s)")
     claims.add_argument("--jobs", type=int, default=1, metavar="N", help="experiments at a time (default %(default)s)")
     embed = command("embed", "embed images with an exported encoder")
     embed.add_argument("paths", nargs="+", metavar="FILE|FOLDER")
     embed.add_argument("--out", required=True, metavar="PARQUET", help="written: path, embedding, and class if known")
+    index = command("index", "embed the training images, or others, for `barlow serve` to search in")
+    index.add_argument("paths", nargs="*", metavar="FILE|FOLDER", help="default: the training images of data/shards")
+    index.add_argument("--keep", action="store_true", help="do nothing if there is an index of this encoder")
+    index.add_argument("--out", default=str(files.INDEX), metavar="FOLDER", help="default %(default)s")
     serve = command("serve", "serve an exported encoder over HTTP")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
     serve.add_argument(
         "--index", default=str(files.INDEX), metavar="FOLDER", help="of `barlow index` (default %(default)s)"
     )
-    for setting in fields(Settings):
-        flag, text = f"--{setting.name.replace('_', '-')}", f"{setting.metadata['help']} (default %(default)s)"
-        serve.add_argument(flag, type=int, default=setting.default, metavar="N", help=text)
-    index = command("index", "embed the training images, or others, for `barlow serve` to search in")
-    index.add_argument("paths", nargs="*", metavar="FILE|FOLDER", help="default: the training images of data/shards")
-    index.add_argument("--keep", action="store_true", help="do nothing if there is an index of this encoder")
-    index.add_argument("--out", default=str(files.INDEX), metavar="FOLDER", help="default %(default)s")
-    for reader in (embed, serve, index):
+    for field in fields(Flags):
+        flag, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['help']} (default %(default)s)"
+        serve.add_argument(flag, type=int, default=field.default, metavar="N", help=text)
+    for reader in (embed, index, serve):
         reader.add_argument("--model", default=str(files.ONNX), metavar="ONNX", help="default %(default)s")
     return main
 
@@ -82,8 +83,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = vars(parser().parse_args(argv))
     command = arguments.pop("command")
+    # Threads that wait for others sleep and do not spin. Spinning gains little on an idle machine and costs most of the
+    # speed on a busy one. OpenMP reads this when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        dispatch(command, arguments)
+        if command in READS_PARAMS:
+            from barlow.settings import params  # here, since the serving image has no YAML reader
+
+            arguments["params"] = params.load()
+        importlib.import_module(f"barlow.{command}").run(**arguments)
     except (UserError, DataError, Interrupted, Refused) as error:
         print(f"barlow {command}: {error}", file=sys.stderr)
         return error.exit_code
@@ -94,26 +102,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"barlow {command}: {error.name} is not installed; pip install 'barlow[{extra}]'", file=sys.stderr)
         return UserError.exit_code
     return 0
-
-
-def dispatch(command: str, arguments: dict[str, Any]) -> None:
-    """Import what the command needs and run it."""
-    # Threads that wait for others sleep and do not spin. Spinning gains little on an idle machine and costs most of the
-    # speed on a busy one. OpenMP reads this when torch loads it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if command in STAGES or command in ("scan", "promote", "rollback", "drift", "claims"):
-        from barlow.settings import params  # here, since the serving image has no YAML reader
-
-        settings = params.load()
-        if command == "scan":
-            importlib.import_module("barlow.ingest").scan(settings.data)
-        elif revision := arguments.pop("compare", None):
-            importlib.import_module("barlow.compare").run(revision)
-        else:
-            importlib.import_module(f"barlow.{command}").run(settings, **arguments)
-    else:
-        entry = {"embed": "embed_files", "serve": "serve"}.get(command, "run")
-        getattr(importlib.import_module(f"barlow.{command}"), entry)(**arguments)
 
 
 if __name__ == "__main__":

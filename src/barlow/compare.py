@@ -1,4 +1,4 @@
-"""`barlow report --compare REV`: the run in this folder beside that of a git revision or DVC experiment.
+"""`barlow compare REV`: the run in this folder beside that of a git revision or DVC experiment.
 
 Reads params.yaml, reports/*.json and the curves in reports/pretrain/ of both. Writes reports/compare.html.
 """
@@ -24,17 +24,17 @@ INTERVAL = ("low", "high")
 OF_MANY_RUNS = {"claims", "seeds"}  # JSON files that tell of more than the one run
 
 
-def run(name: str) -> None:
+def run(revision: str) -> None:
     """Write the page.
 
     Raises:
         UserError: there is no such revision, or one of the two has no metrics.
     """
-    commit = resolve(name)
-    listed = runs.git("ls-tree", "--name-only", commit, f"{files.REPORTS}/").splitlines()
+    commit = resolve(revision)
+    listed = provenance.git("ls-tree", "--name-only", commit, f"{files.REPORTS}/").splitlines()
     old = {Path(path).stem: runs.read(commit, path) for path in listed if path.endswith(".json")}
     new = {path.stem: files.read_json(path) for path in sorted(files.REPORTS.glob("*.json"))}
-    for run, where in ((old, name), (new, "this folder")):
+    for run, where in ((old, revision), (new, "this folder")):
         if "evaluate" not in run:
             raise UserError(
                 f"{where} has no {files.REPORTS}/evaluate.json, so there is nothing to compare; run `dvc repro`"
@@ -42,12 +42,12 @@ def run(name: str) -> None:
     drawn, missing = overlaid(commit)
     stages = sorted({*old, *new} - OF_MANY_RUNS)
     page = {
-        "name": name,
+        "name": revision,
         "commit": commit,
-        "subject": runs.git("log", "-1", "--format=%s", commit).strip(),
+        "subject": provenance.git("log", "-1", "--format=%s", commit),
         "revision": provenance.revision(),
         "params": differing(
-            yaml.safe_load(runs.git("show", f"{commit}:./{PARAMS}")), yaml.safe_load(PARAMS.read_text())
+            yaml.safe_load(provenance.git("show", f"{commit}:./{PARAMS}")), yaml.safe_load(PARAMS.read_text())
         ),
         "metrics": {stage: rows(old.get(stage, {}), new.get(stage, {})) for stage in stages},
         "curves": drawn,
@@ -58,14 +58,12 @@ def run(name: str) -> None:
 
 def resolve(name: str) -> str:
     """Return the commit of a git revision, or of a DVC experiment by its name."""
-    if subprocess.run(["git", "rev-parse", "--git-dir"], capture_output=True).returncode:
-        raise UserError(f"--compare {name}: this folder is not in a git repository")
+    if not provenance.commit():
+        raise UserError(f"{name}: this folder is not in a git repository")
     for reference in (name, runs.finished().get(name, "")):
         with suppress(subprocess.CalledProcessError):
-            return runs.git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}").strip()
-    raise UserError(
-        f"--compare {name} is no git revision and no DVC experiment; `git log` and `dvc exp show` list them"
-    )
+            return provenance.git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}")
+    raise UserError(f"{name} is no git revision and no DVC experiment; `git log` and `dvc exp show` list them")
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -25,10 +25,10 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from barlow import embed
 from barlow.core import files
 from barlow.core.errors import UserError
 from barlow.encoder.encoder import Encoder, Pixels, Vectors
+from barlow.encoder.reading import find, read_ahead
 from barlow.encoder.registry import Registry, Version
 from barlow.production.two_sample import FOLDS, auc, auc_interval, cross_fitted_scores, mmd_test, unit, whitened
 from barlow.settings.params import Drift, Params
@@ -85,7 +85,7 @@ def run(params: Params, recent: str | None = None) -> None:
 def newest(folder: Path, most: int) -> list[str]:
     """Return the files below with an image's suffix that changed last, the newest first; at one time, names from z."""
     found = []
-    for path in embed.find([folder]):
+    for path in find([folder]):
         with suppress(OSError):  # gone meanwhile, or a link to nothing
             status = Path(path).stat()
             if stat.S_ISREG(status.st_mode):  # a pipe would be waited for
@@ -95,7 +95,7 @@ def newest(folder: Path, most: int) -> list[str]:
 
 def _decoded(paths: list[str], skipped: list[str]) -> Iterator[Pixels]:
     """Yield what can be decoded; add the other files with their reasons to `skipped`."""
-    for path, image in embed.read_ahead(paths, files.cpus()):
+    for path, image in read_ahead(paths, files.cpus()):
         if isinstance(image, str):
             skipped.append(_text(f"{path}: {image}"))
         else:

@@ -9,23 +9,21 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-from PIL import Image
 from pyarrow import parquet
 
 from barlow.core import files
 from barlow.core.errors import UserError
-from barlow.core.images import decode
-from barlow.encoder.encoder import MAX_PIXELS, Encoder, Pixels, Vectors, top1
+from barlow.encoder.encoder import Encoder, Pixels, Vectors, top1
+from barlow.encoder.reading import find, read_ahead
 
 ROW_GROUP = 4096  # rows held before they are written; small row groups make a large file slow to read
 
 
-def embed_files(paths: Sequence[Path | str], out: Path | str, model: Path | str = files.ONNX) -> None:
+def run(paths: Sequence[Path | str], out: Path | str, model: Path | str = files.ONNX) -> None:
     """Embed files, and folders with every image below them, into the Parquet file `out`, whole or not at all.
 
     A file that cannot be read costs one line on stderr and its row.
@@ -64,39 +62,6 @@ def embed_files(paths: Sequence[Path | str], out: Path | str, model: Path | str 
             found = f"none of the {failed} files is an image that can be read" if failed else "there is no image"
             raise UserError(f"{found} in {', '.join(map(str, paths))}; name image files, or a folder of them")
     print(f"{out}: {written} embeddings of {encoder.dim} values" + (f", {failed} files skipped" if failed else ""))
-
-
-def find(paths: Iterable[Path | str]) -> Iterator[str]:
-    """Yield files as they are named and, of a folder, in order, what has an image's suffix."""
-    suffixes = Image.registered_extensions()
-    for path in paths:
-        if not Path(path).is_dir():
-            yield os.fspath(path)
-        for folder, folders, names in os.walk(path):  # links to folders are not followed: they may loop
-            folders.sort()
-            yield from (f"{folder}/{name}" for name in sorted(names) if Path(name).suffix.lower() in suffixes)
-
-
-def read_ahead(paths: Iterable[str], threads: int) -> Iterator[tuple[str, Pixels | str]]:
-    """Yield (path, pixels, or why there are none) in order, decoded by threads a few files ahead of the caller."""
-    pending: deque[tuple[str, Future[Pixels | str]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for path in paths:
-            pending.append((path, pool.submit(_read, path)))
-            if len(pending) > 2 * threads:
-                done, future = pending.popleft()
-                yield done, future.result()
-        for path, future in pending:
-            yield path, future.result()
-
-
-def _read(path: str) -> Pixels | str:
-    try:
-        return decode(Path(path).read_bytes(), MAX_PIXELS)
-    except OSError as error:
-        return error.strerror or str(error)
-    except ValueError as error:
-        return str(error)
 
 
 def _schema(encoder: Encoder) -> pa.Schema:

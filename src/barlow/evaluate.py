@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from barlow import summary
 from barlow.core import files, webdataset
-from barlow.evaluation import features, probe
+from barlow.core.weights import save_weights
+from barlow.evaluation import features, intervals, probe, tables
 from barlow.evaluation.features import Split
 from barlow.settings.params import Evaluate, Params
-from barlow.training import model
+from barlow.training import health
 
 PREFIXES = {"random": "random_", "pixels": "pixels_", "pretrained": ""}  # of the figures' names; what is kept is last's
 
@@ -47,19 +47,19 @@ def run(params: Params) -> None:
     for encoder, prefix in prefixes.items():
         splits = {name: features.load(encoder, name) for name in ("train", "val", "test")}
         scores = score(splits, len(classes), p)
-        figures = scores.metrics | (health(encoder) if encoder != "pixels" else {})
+        figures = scores.metrics | (health_of(encoder) if encoder != "pixels" else {})
         metrics |= {prefix + name: value for name, value in figures.items()}
         draws += [(encoder, *draw) for draw in scores.draws]
     labelled = {name: int((split.labels >= 0).sum()) for name, split in splits.items()}
     metrics |= {f"{name}_images": count for name, count in labelled.items()}
     metrics |= {f"{setting}_images": count for _, setting, count, *_ in draws}
 
-    model.save_weights(files.HEAD, scores.head, {"classes": classes if scores.head else []})
+    save_weights(files.HEAD, scores.head, {"classes": classes if scores.head else []})
     write_csv(files.FEW_LABELS, ("encoder", "setting", "images", "draw", "top1"), draws)
     pairs = zip(splits["test"].labels.tolist(), scores.predictions.tolist(), strict=False)  # nothing predicted, no pair
     write_csv(files.CONFUSION, ("actual", "predicted"), ([classes[i] for i in pair] for pair in pairs))
     files.write_json(files.REPORTS / "evaluate.json", metrics)
-    print(summary.table(metrics))
+    print(tables.table(metrics))
 
 
 def score(splits: dict[str, Split], classes: int, p: Evaluate) -> Scores:
@@ -70,7 +70,7 @@ def score(splits: dict[str, Split], classes: int, p: Evaluate) -> Scores:
     predicted = probe.predict(train, val, test[0], classes, p.probe_l2, p.knn_k, p.knn_temperature)
     metrics = {"linear_l2": predicted.l2}
     for name, predictions in {"linear": predicted.linear, "knn": predicted.knn}.items():
-        metrics |= probe.figure(f"{name}_top1", [probe.accuracy(predictions, test[1])], len(test[1]))
+        metrics |= intervals.figure(f"{name}_top1", [probe.accuracy(predictions, test[1])], len(test[1]))
     draws = []
     for name, each in settings(p).items():
         top1 = []
@@ -81,7 +81,7 @@ def score(splits: dict[str, Split], classes: int, p: Evaluate) -> Scores:
             top1.append(probe.accuracy((test[0] @ weight.T + bias).argmax(1), test[1]))
             draws.append((name, len(chosen), draw, top1[-1]))
         if top1:
-            metrics |= probe.figure(f"{name}_top1", top1, len(test[1]))
+            metrics |= intervals.figure(f"{name}_top1", top1, len(test[1]))
     return Scores(metrics, {"weight": predicted.weight, "bias": predicted.bias}, predicted.linear, draws)
 
 
@@ -91,16 +91,16 @@ def settings(p: Evaluate) -> dict[str, int | float]:
     return each | {f"share_{100 * share:g}": share for share in p.label_shares}
 
 
-def health(encoder: str) -> dict[str, float]:
+def health_of(encoder: str) -> dict[str, float]:
     """Return what needs no label."""
     whole, view_a, view_b = (features.load(encoder, name).features for name in ("health", "view_a", "view_b"))
     return {
         "health_images": len(whole),
-        "effective_rank": probe.effective_rank(whole),
-        "feature_std": probe.spread(whole),
-        "feature_correlation": probe.redundancy(whole),
-        "alignment": probe.alignment(view_a, view_b),
-        "uniformity": probe.uniformity(whole),
+        "effective_rank": health.effective_rank(whole),
+        "feature_std": health.spread(whole),
+        "feature_correlation": health.rms_correlation(whole),
+        "alignment": health.alignment(view_a, view_b),
+        "uniformity": health.uniformity(whole),
     }
 
 

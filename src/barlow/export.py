@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 import statistics
-import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,11 +26,13 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from barlow import __version__
-from barlow.core import files, images, webdataset
+from barlow.core import files, images, provenance, webdataset
 from barlow.core.errors import UserError
+from barlow.core.weights import load_weights
 from barlow.encoder import quantize, triton
 from barlow.encoder.encoder import Encoder, Pixels, Vectors, batches
-from barlow.settings.params import Params
+from barlow.evaluation.exported import accuracy
+from barlow.settings.params import Evaluate, Export, Params
 from barlow.training import model
 
 ODD_BATCH = 7
@@ -59,10 +62,9 @@ def run(params: Params) -> None:
         RuntimeError: onnxruntime does not give what torch gives; the message has the figures.
     """
     for path, stage in ((files.ENCODER, "pretrain"), (files.HEAD, "evaluate")):
-        if not path.is_file():
-            raise UserError(f"{path} is missing; run `barlow {stage}`")
+        files.require(path, stage)
     encoder, trained = model.load_encoder(files.ENCODER)
-    head, head_metadata = model.load_weights(files.HEAD)
+    head, head_metadata = load_weights(files.HEAD)
     network = Exported(encoder, head).eval()
     pictures = _pictures(params.export.parity_images)
     with files.replacing(files.ONNX) as temporary:
@@ -79,12 +81,44 @@ def run(params: Params) -> None:
         figures |= {"bytes": temporary.stat().st_size, "dim": exported.dim}
     figures["parameters"] = sum(parameter.numel() for parameter in network.parameters())
     triton.write(files.ONNX, files.TRITON)
-    figures |= quantize.reduce(files.ONNX, files.REDUCED, params.export, params.evaluate)
+    figures |= reduce(files.ONNX, files.REDUCED, params.export, params.evaluate)
     files.write_json(files.REPORTS / "export.json", figures)
     print(
         f"{files.ONNX}: smallest cosine to torch {figures['parity_cosine_min']}, "
         f"{figures['latency_ms']} ms an image alone, {figures['images_per_second']} images/s in batches"
     )
+
+
+def reduce(source: Path, folder: Path, p: Export, evaluate: Evaluate) -> dict[str, Any]:
+    """Write `folder`/int8.onnx and fp16.onnx, each unless it is less accurate than `source`; return the figures.
+
+    Without labels nothing can be measured, and neither is written. A file of before that fails now is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    full = accuracy(Encoder(source), evaluate)
+    figures: dict[str, Any] = (
+        {f"float32_{name}": round(value, 6) for name, value in full._asdict().items()} if full else {}
+    )
+    for name, make in {"int8": quantize.int8, "fp16": quantize.fp16}.items():
+        target, reason = folder / f"{name}.onnx", "there are no labels to measure its accuracy with"
+        if full:
+            with tempfile.TemporaryDirectory() as temporary:
+                made = Path(temporary) / target.name
+                make(source, made, p.calibration_images)
+                found = accuracy(Encoder(made), evaluate)
+                assert found
+                figures |= {f"{name}_{key}": round(value, 6) for key, value in found._asdict().items()}
+                figures[f"{name}_bytes"] = made.stat().st_size
+                lost = max(full.linear_top1 - found.linear_top1, full.knn_top1 - found.knn_top1)
+                reason = f"it loses {lost:.2f} points, export.max_accuracy_loss={p.max_accuracy_loss:g}"
+                if lost <= p.max_accuracy_loss:
+                    with files.replacing(target) as whole:
+                        shutil.copyfile(made, whole)
+        figures[f"{name}_written"] = full is not None and lost <= p.max_accuracy_loss
+        if not figures[f"{name}_written"]:
+            target.unlink(missing_ok=True)
+            print(f"{target} is not written: {reason}")
+    return figures
 
 
 def write(network: Exported, metadata: dict[str, str], opset: int, path: Path) -> None:
@@ -186,7 +220,7 @@ def _metadata(encoder: model.FrozenEncoder, trained: dict[str, Any], classes: li
     recipe = json.dumps([trained[section] for section in ("model", "views", "pretrain")], sort_keys=True)
     return {
         "version": __version__,
-        **_git_revision(),
+        **({"git_revision": commit} if (commit := provenance.commit()) else {}),
         "data_hash": trained["data"],
         "params_hash": hashlib.sha256(recipe.encode()).hexdigest(),  # of the sections that made the weights
         "image_size": str(encoder.size),
@@ -194,14 +228,6 @@ def _metadata(encoder: model.FrozenEncoder, trained: dict[str, Any], classes: li
         "classes": json.dumps(classes, ensure_ascii=False),
         "space": embedding_space(encoder),
     }
-
-
-def _git_revision() -> dict[str, str]:
-    try:
-        git = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return {}
-    return {"git_revision": git.stdout.strip()} if git.returncode == 0 else {}
 
 
 def embedding_space(encoder: model.FrozenEncoder) -> str:

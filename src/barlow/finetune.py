@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from barlow.core import files, webdataset
-from barlow.evaluation import features, probe
+from barlow.evaluation import features, intervals, probe
 from barlow.settings.params import Params
 from barlow.training import distributed, model
-from barlow.training.schedule import warmup_cosine
+from barlow.training.optim import warmup_cosine
 from barlow.training.views import single_views
 
 WARMUP = 0.1  # of the steps
@@ -90,7 +90,7 @@ class Study:
 
     def report(self, name: str, top1: list[float], lr: float) -> dict[str, float]:
         """Print a figure and return it with its interval and the learning rate that was chosen."""
-        figures = probe.figure(f"{name}_top1", top1, self.test_images)
+        figures = intervals.figure(f"{name}_top1", top1, self.test_images)
         value, low, high = figures.values()
         print(f"{name:<24}{value:.1f} ({low:.1f} to {high:.1f}), learning rate {lr:g}", flush=True)
         return figures | {f"{name}_lr": lr}

@@ -7,7 +7,6 @@ indexes of several encoders lie side by side, and one of another encoder is neve
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from barlow import embed
-from barlow.core import files, webdataset
+from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
 from barlow.core.images import decode
 from barlow.encoder.encoder import MAX_PIXELS, Encoder, Pixels, Vectors
+from barlow.encoder.reading import find
 from barlow.encoder.search import CANDIDATES, EXACT, KIND, Item, Places, faiss, project, unit
 
 NEIGHBOURS = 32  # HNSW's M
@@ -115,7 +113,7 @@ def _again(folder: Path) -> list[str]:
 def _found(paths: Iterable[Path | str]) -> Iterator[Item]:
     """Yield files; a folder's name is the label of what lies in it, where that is in a folder that was named."""
     for path in paths:
-        for name in embed.find([path]):
+        for name in find([path]):
             readable = os.fsencode(name).decode(errors="backslashreplace")  # JSON has no other bytes
             inside = Path(os.path.relpath(readable, os.fsencode(path).decode(errors="backslashreplace")))
             label = inside.parent.name or None
@@ -127,7 +125,7 @@ def _found(paths: Iterable[Path | str]) -> Iterator[Item]:
 
 def _from_shards() -> tuple[Iterator[Item], list[Item]]:
     """Return the training images, each once, and a few test images, of each class in turn."""
-    names, classes = _names(), webdataset.classes() if (files.SHARDS / webdataset.CLASSES).exists() else []
+    names, classes = _names(), webdataset.classes() if (files.SHARDS / webdataset.CLASSES_FILE).exists() else []
 
     def item(sample: webdataset.Sample) -> Item:
         label = classes[sample.label] if sample.label >= 0 else None
@@ -164,10 +162,7 @@ def _read(item: Item) -> tuple[Pixels, bytes] | str:
         pixels = decode(item.image, MAX_PIXELS)
     except ValueError as error:
         return str(error)
-    small, buffer = Image.fromarray(pixels), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.save(buffer, "JPEG", quality=85)
-    return pixels, buffer.getvalue()
+    return pixels, images.jpeg(pixels, THUMBNAIL)
 
 
 def _basis(rows: Vectors) -> Places:

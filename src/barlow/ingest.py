@@ -1,20 +1,17 @@
-"""`barlow ingest`: read every image of `data.source` once, in full, and write down what it is.
+"""`barlow ingest`: read every image of `ingest.source` once, in full, and write down what it is.
 
-Reads `data` of params.yaml and the source; writes data/raw (what it makes or downloads itself; else empty) and
+Reads `ingest` of params.yaml and the source; writes data/raw (what it makes or downloads itself; else empty) and
 data/manifest.parquet. A cache, data/.ingest.parquet, lets the next run decode only what is new or changed.
 `barlow scan` writes data/source.json, a cheap fingerprint of the source, for DVC to see that images were added.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import signal
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import PIL
 import pyarrow as pa
@@ -22,63 +19,42 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from barlow.core import files, images
-from barlow.core.errors import Interrupted, UserError
+from barlow.core.errors import Interrupted
 from barlow.data import facts, manifest, sources
 from barlow.data.facts import FACTS
-from barlow.settings.params import Data, Params
+from barlow.settings.params import Ingest, Params
 
-SOURCE = Path("data/source.json")
 CACHE = Path("data/.ingest.parquet")
 KEY = ["path", "bytes", "mtime_ns"]  # a file for which these are as before is not read again
 
 
 def run(params: Params) -> None:
     """Run the stage."""
-    require_platform()
-    data = params.data
-    sources.prepare(data)
-    listing, notes = sources.find(data)
+    sources.require_platform()
+    p = params.ingest
+    sources.prepare(p)
+    listing, notes = sources.find(p)
     for note in notes:
-        print(f"{data.source}: {note}")
+        print(f"{p.source}: {note}")
 
-    cached = listing.join(_read_cache(data), KEY, join_type="inner")
+    cached = listing.join(_read_cache(p), KEY, join_type="inner")
     new = listing.join(cached.select(KEY), KEY, join_type="left anti").sort_by("path")
-    table = pa.concat_tables([cached, _read(new, cached, data)])
-    table = _set(table, "label", _labels(table, data))
-    table = _set(table, "split", _splits(table, data))
+    table = pa.concat_tables([cached, _read(new, cached, p)])
+    table = _set(table, "label", _labels(table, p))
+    table = _set(table, "split", _splits(table, p))
     manifest.write(table)
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(table["split"]).to_pylist()}
     lost = table["sha256"].null_count  # no such file, or not one to read: these are tried again each time
     unreadable = f", {lost} unreadable" if lost else ""
     print(f"{table.num_rows} images: {new.num_rows - lost} new or changed, {cached.num_rows} cached{unreadable}")
     print(f"splits: {', '.join(f'{split} {counts[split]}' for split in manifest.SPLITS if split in counts)}")
-    _warn_of_missing_labels(table, pc.unique(listing["split"].drop_null()).to_pylist(), data)
+    _warn_of_missing_labels(table, pc.unique(listing["split"].drop_null()).to_pylist(), p)
     failed = table.num_rows - table["error"].null_count
     if failed:
         print(f"{failed} could not be decoded; `barlow validate` puts them in quarantine")
 
 
-def scan(data: Data) -> None:
-    """Write data/source.json, the source's name and a hash over its files' names, sizes and times, if that changed.
-
-    Raises:
-        UserError: as `run` does for a source that is missing, empty or malformed.
-    """
-    require_platform()
-    sources.check(data.source)
-    found: dict[str, Any] = {"source": data.source}
-    if not manifest.is_made(data.source):
-        listing, _ = sources.find(data)
-        digest = hashlib.sha256()
-        for row in zip(*(listing[name].to_pylist() for name in listing.column_names), strict=True):
-            digest.update(repr(row).encode())
-        found |= {"files": listing.num_rows, "bytes": pc.sum(listing["bytes"]).as_py() or 0}
-        found |= {"listing_sha256": digest.hexdigest()}
-    if not SOURCE.exists() or files.read_json(SOURCE) != found:
-        files.write_json(SOURCE, found)
-
-
-def _read(new: pa.Table, cached: pa.Table, data: Data) -> pa.Table:
+def _read(new: pa.Table, cached: pa.Table, p: Ingest) -> pa.Table:
     """Read the new files and return them with their facts; all that is known by then goes into the cache.
 
     Raises:
@@ -87,7 +63,7 @@ def _read(new: pa.Table, cached: pa.Table, data: Data) -> pa.Table:
     batches: list[pa.RecordBatch] = []
     on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        with closing(facts.read_all(manifest.root(data), new["path"].to_pylist(), data.max_pixels)) as reading:
+        with closing(facts.read_all(manifest.root(p), new["path"].to_pylist(), p.max_pixels)) as reading:
             for batch in reading:
                 batches.append(batch)
     except KeyboardInterrupt:
@@ -99,45 +75,36 @@ def _read(new: pa.Table, cached: pa.Table, data: Data) -> pa.Table:
         rows = new.slice(0, read.num_rows)
         for name in FACTS.names:
             rows = rows.append_column(FACTS.field(name), read[name])
-        _write_cache(pa.concat_tables([cached.select(rows.column_names), rows]), data)
+        _write_cache(pa.concat_tables([cached.select(rows.column_names), rows]), p)
     return rows.select(cached.column_names)
-
-
-def require_platform() -> None:
-    """Raise a UserError on a machine that DALI, which makes the views, is not built for."""
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise UserError(
-            f"training needs Linux on x86-64, this is {platform.system()} on {platform.machine()}: NVIDIA DALI, which "
-            "makes the views, is not available here; use such a machine, or WSL 2 or Docker on x86-64"
-        )
 
 
 def _set(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
     return table.set_column(table.column_names.index(name), name, values)
 
 
-def _labels(table: pa.Table, data: Data) -> pa.Array:
+def _labels(table: pa.Table, p: Ingest) -> pa.Array:
     """Return the source's labels; none if params say so or if they tell nothing apart."""
     classes = pc.unique(table["label"].filter(table["error"].is_null()).drop_null())
-    if data.labels == "folders" and len(classes) >= 2:
+    if p.labels == "folders" and len(classes) >= 2:
         return table["label"]
-    if data.labels == "folders" and len(classes) == 1:
-        print(f"{data.source}: every label is {classes[0]}, so they are dropped")
+    if p.labels == "folders" and len(classes) == 1:
+        print(f"{p.source}: every label is {classes[0]}, so they are dropped")
     return pa.nulls(table.num_rows, pa.string())
 
 
-def _splits(table: pa.Table, data: Data) -> pa.Array:
+def _splits(table: pa.Table, p: Ingest) -> pa.Array:
     """Return each image's split: as the source says, else by content; a missing `val` is carved out of `train`."""
     digests = table["sha256"].fill_null("f" * 64).to_pylist()
     given, unlabelled = table["split"].combine_chunks(), table["label"].combine_chunks().is_null()
-    free = pa.array(manifest.hash_split(digests, data.val_fraction, data.test_fraction), pa.string())
-    carved = pa.array(manifest.hash_split(digests, data.val_fraction, 0), pa.string())
+    free = pa.array(manifest.hash_split(digests, p.val_fraction, p.test_fraction), pa.string())
+    carved = pa.array(manifest.hash_split(digests, p.val_fraction, 0), pa.string())
     no_val = not pc.any(pc.equal(given, "val")).as_py()
     split = pc.coalesce(pc.if_else(pc.and_(pc.equal(given, "train"), no_val), carved, given), free)
     return pc.if_else(pc.and_(pc.equal(split, "train"), unlabelled), "pretrain", split)
 
 
-def _warn_of_missing_labels(table: pa.Table, named: list[str], data: Data) -> None:
+def _warn_of_missing_labels(table: pa.Table, named: list[str], p: Ingest) -> None:
     """Say so where there are labels and yet no accuracy will be measured; `named` are the splits the source names."""
     labelled = pc.unique(table["split"].filter(pc.and_(table["label"].is_valid(), table["error"].is_null())))
     lacking = [split for split in ("train", "val", "test") if split not in labelled.to_pylist()]
@@ -145,25 +112,25 @@ def _warn_of_missing_labels(table: pa.Table, named: list[str], data: Data) -> No
         return
     if not named:
         remedy = "add labelled images, or raise "
-        remedy += " and ".join(f"data.{s}_fraction={getattr(data, f'{s}_fraction'):g}" for s in ("val", "test"))
+        remedy += " and ".join(f"ingest.{s}_fraction={getattr(p, f'{s}_fraction'):g}" for s in ("val", "test"))
     elif lacking == ["test"] and "val" in named:
         remedy = "rename the split val to test (a new val is then drawn from train), or add one named test"
     else:
         remedy = f"add {' and '.join(lacking)} to the splits that the source names"
     print(
-        f"warning: {data.source} has labels, but no labelled image in {' and '.join(lacking)}, so no accuracy will be "
+        f"warning: {p.source} has labels, but no labelled image in {' and '.join(lacking)}, so no accuracy will be "
         f"measured; {remedy}",
         file=sys.stderr,
     )
 
 
-def _cache_key(data: Data) -> bytes:
+def _cache_key(p: Ingest) -> bytes:
     """What decides a file's facts besides the file: where it lies, the bound on pixels, and the code that reads it."""
     code = [files.sha256(module) for module in (facts.__file__, images.__file__)]
-    return json.dumps([str(manifest.root(data).resolve()), data.max_pixels, PIL.__version__, *code]).encode()
+    return json.dumps([str(manifest.root(p).resolve()), p.max_pixels, PIL.__version__, *code]).encode()
 
 
-def _read_cache(data: Data) -> pa.Table:
+def _read_cache(p: Ingest) -> pa.Table:
     """Return the FACTS that an earlier run found, by KEY; none if they do not apply."""
     empty = pa.schema([*(sources.LISTING.field(name) for name in KEY), *FACTS]).empty_table()
     if not CACHE.exists():
@@ -173,13 +140,13 @@ def _read_cache(data: Data) -> pa.Table:
     except (OSError, pa.ArrowException):
         print(f"{CACHE} is damaged: every image is read anew")
         return empty
-    if (table.schema.metadata or {}).get(b"barlow") != _cache_key(data) or not table.schema.equals(empty.schema):
+    if (table.schema.metadata or {}).get(b"barlow") != _cache_key(p) or not table.schema.equals(empty.schema):
         return empty
     return table
 
 
-def _write_cache(table: pa.Table, data: Data) -> None:
+def _write_cache(table: pa.Table, p: Ingest) -> None:
     """Keep the facts of the files that could be read, decoded or not."""
     table = table.filter(table["sha256"].is_valid()).select([*KEY, *FACTS.names])
     with files.replacing(CACHE) as temporary:
-        pq.write_table(table.replace_schema_metadata({b"barlow": _cache_key(data)}), temporary)
+        pq.write_table(table.replace_schema_metadata({b"barlow": _cache_key(p)}), temporary)

@@ -17,13 +17,14 @@ from contextlib import contextmanager
 import torch
 
 from barlow import __version__
-from barlow.core import files, machine
+from barlow.core import files, provenance
 from barlow.core.errors import Interrupted
+from barlow.core.weights import save_weights
 from barlow.evaluation import features
 from barlow.settings.params import Params
 from barlow.training import checkpoint, distributed, model
-from barlow.training.ablation import ablated_loss
 from barlow.training.dry_run import describe, headline
+from barlow.training.loss import ablated_loss
 from barlow.training.progress import Curves, Progress
 from barlow.training.state import Training
 
@@ -99,10 +100,10 @@ def train(params: Params, device: torch.device, written: type[Curves] = Curves) 
 def finish(run: Training) -> None:
     """Write what later stages read, then drop this run's checkpoints: a forced run should train again."""
     metadata = run.identity | {"version": __version__, "steps": run.step}
-    model.save_weights(files.ENCODER, run.network.backbone.state_dict(), metadata)
-    model.save_weights(files.CORRELATION, run.correlation, {})
+    save_weights(files.ENCODER, run.network.backbone.state_dict(), metadata)
+    save_weights(files.CORRELATION, run.correlation, {})
     whole = {"epochs": len(run.history), "seconds": sum(row["seconds"] for row in run.history)}
-    where = {"hardware": machine.hardware(), "processes": distributed.world_size()}
+    where = {"hardware": provenance.hardware(), "processes": distributed.world_size()}
     files.write_json(files.REPORTS / "pretrain.json", run.history[-1] | whole | where)
     shutil.rmtree(run.folder, ignore_errors=True)
 

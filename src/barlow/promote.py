@@ -1,6 +1,6 @@
 """`barlow promote`: put models/encoder.onnx into production, if the gate lets it.
 
-Reads models/encoder.onnx, data/shards, data/features, reports/{validation,pretrain,evaluate,export}.json
+Reads models/encoder.onnx, data/shards, data/features, reports/{validate,pretrain,evaluate,export}.json
 and the registry. Writes models/decision.json and, in the registry, a new version, the link to it, and the log.
 
 promoted: every check holds, or there is no version yet and those that need none hold. unchanged: this very file is
@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from barlow import summary
 from barlow.core import files
-from barlow.core.errors import Refused, UserError
+from barlow.core.errors import Refused
 from barlow.encoder.encoder import Encoder
 from barlow.encoder.registry import Registry, Version, now
+from barlow.evaluation import tables
 from barlow.production import tags
 from barlow.settings.params import Params
 
-METRICS = ("validation", "pretrain", "evaluate", "export")  # reports/NAME.json, which a version's card keeps
+METRICS = ("validate", "pretrain", "evaluate", "export")  # reports/NAME.json, which a version's card keeps
 
 
 def run(params: Params, check: bool = False) -> None:
@@ -40,8 +40,8 @@ def run(params: Params, check: bool = False) -> None:
     """
     registry = Registry(params.promote.registry)
     tags.require_clean()
-    if not check and not files.ONNX.is_file():
-        raise UserError(f"{files.ONNX} is missing; run `dvc repro`")
+    if not check:
+        files.require(files.ONNX, "export")
     with registry.locked():
         champion = registry.production()
         if check:
@@ -156,7 +156,7 @@ def _is_of(encoder: Encoder, path: Path) -> bool:
 
 def describe(card: dict[str, Any], decision: dict[str, Any]) -> str:
     """Return the model card for people, in Markdown."""
-    validation, export = card["metrics"]["validation"], card["metrics"]["export"]
+    validation, export = card["metrics"]["validate"], card["metrics"]["export"]
     checks = "\n".join(f"- {name}: {check['text']}" for name, check in decision["checks"].items())
     classes = "It has no classifier." if card["classes"] is None else f"Its logits are of {', '.join(card['classes'])}."
     return f"""---
@@ -175,7 +175,7 @@ Embeddings of another space cannot be compared with these: embed again what you 
 {validation["quarantined"]:,} in quarantine; data hash {card["data_hash"]}.
 
 ## Measured
-{summary.columns(decision["figures"])}
+{tables.columns(decision["figures"])}
 
 An image alone takes {export["latency_ms"]} ms where it was made. Top-1 in percent, with 95 % intervals. These figures
 are of the data above; on other images, or other classes, nothing is known.

@@ -7,31 +7,33 @@ reports/index.html, from report.html.j2 beside this module.
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
+import onnx
 import yaml
 
-from barlow import summary
 from barlow.core import files, images, provenance, webdataset
 from barlow.core.errors import UserError
+from barlow.core.weights import load_metadata, load_weights
 from barlow.data import manifest
 from barlow.evaluation import features
 from barlow.reporting import charts, gallery, pages, pictures, results
 from barlow.settings.params import Params
-from barlow.training import model, views
+from barlow.training import views
 
-STAGES = ("validation", "pretrain", "evaluate", "finetune", "export")  # whose reports/NAME.json are read
+STAGES = ("validate", "pretrain", "evaluate", "finetune", "export")  # whose reports/NAME.json are read
 LINEAR = ("std", "lr", "samples_per_second", "data_wait", "gradient_norm", "weight_norm")
 CURVES = {name: pages.CURVES / f"{name}.tsv" for name in pages.LOGARITHMIC + LINEAR}
 CLAIMS = files.REPORTS / "claims.json"
 INPUTS = {
-    files.REPORTS / "validation.json": "validate",
+    files.REPORTS / "validate.json": "validate",
     files.QUARANTINE: "validate",
     files.ACCEPTED: "validate",
-    files.SHARDS / webdataset.CLASSES: "shard",
+    files.SHARDS / webdataset.CLASSES_FILE: "shard",
     files.REPORTS / "pretrain.json": "pretrain",
     **dict.fromkeys(CURVES.values(), "pretrain"),
     files.CORRELATION: "pretrain",
@@ -56,13 +58,12 @@ def run(params: Params) -> None:
         UserError: a file is missing, or files of different runs lie side by side.
     """
     for path, stage in INPUTS.items():
-        if not path.exists():
-            raise UserError(f"{path} is missing; run `barlow {stage}`, or `dvc repro` for all that is needed")
+        files.require(path, stage)
     stages = {name: files.read_json(files.REPORTS / f"{name}.json") for name in STAGES}
     classes = webdataset.classes()
     test = features.load("pretrained", "test")
     metrics = stages["evaluate"] | stages["finetune"]
-    correlation = model.load_weights(files.CORRELATION)[0]
+    correlation = load_weights(files.CORRELATION)[0]
     confusion = results.confusion(pages.read_table(files.CONFUSION), classes)
     quarantine = pages.read_table(files.QUARANTINE)
     page = {
@@ -79,7 +80,7 @@ def run(params: Params) -> None:
         "class_counts": class_counts(classes),
         "quarantine": quarantine,
         "aside": list(aside(quarantine)),
-        "checks": checks(stages["validation"]),
+        "checks": checks(stages["validate"]),
         "triples": list(triples(params)),
         "curves": {
             name: charts.curves([pages.curve(path.read_text())], log=name in pages.LOGARITHMIC)
@@ -93,10 +94,10 @@ def run(params: Params) -> None:
         **shown(test, classes, confusion, params.report.images),
         "class_ends": results.ends(confusion["by_class"]) if confusion else [],
         "claims": claims(),
-        "provenance": provenance.facts(),
+        "provenance": facts(),
         "packages": provenance.packages(),
     }
-    pages.write(summary.REPORT, "report.html.j2", page)
+    pages.write(files.REPORT, "report.html.j2", page)
 
 
 def settings(params: Params) -> dict[str, Any]:
@@ -172,4 +173,27 @@ def claims() -> dict[str, Any]:
     document: dict[str, Any] = files.read_json(CLAIMS)
     return document | {
         "claims": [results.claim(entry | {"metric": document["metric"]}) for entry in document["claims"]]
+    }
+
+
+def facts() -> dict[str, dict[str, str]]:
+    """Return what is known of the encoder, of its ONNX file and of the page that is being written."""
+    exported = onnx.load(str(files.ONNX), load_external_data=False).metadata_props
+    trained, pretrained = load_metadata(files.ENCODER), files.read_json(files.REPORTS / "pretrain.json")
+    return {
+        "Encoder": {
+            "training images, SHA-256": str(trained.get("data", "unknown")),
+            **{f"training: {name}": str(trained[name]) for name in ("version", "steps") if name in trained},
+            **{f"training: {name}": str(pretrained[name]) for name in ("hardware", "processes") if name in pretrained},
+            f"{files.ENCODER}, SHA-256": files.sha256(files.ENCODER),
+        },
+        str(files.ONNX): {
+            "SHA-256": files.sha256(files.ONNX),
+            **{p.key.replace("_", " "): p.value for p in exported if p.key != "classes"},
+        },
+        "This page": {
+            "git revision": provenance.revision(),
+            "hardware": provenance.hardware(),
+            "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        },
     }

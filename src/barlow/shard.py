@@ -51,18 +51,18 @@ def run(params: Params) -> None:
         UserError: there is nothing to pretrain on, or an image is gone or not the one that was ingested.
     """
     sources, classes = read_sources()
-    root = manifest.root(params.data)
+    root = manifest.root(params.ingest)
     tars = plan(sources, params.shard.seed, params.shard.max_bytes)
     if not any(name.startswith("pretrain") for name in tars):
         raise UserError(
             f"{files.ACCEPTED} has no image of the splits pretrain and train, so there is nothing to pretrain on; "
-            f"add images to data.source={params.data.source!r}"
+            f"add images to ingest.source={params.ingest.source!r}"
         )
     folder = files.SHARDS.with_name(f".{files.SHARDS.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        files.write_json(folder / webdataset.CLASSES, classes)
+        files.write_json(folder / webdataset.CLASSES_FILE, classes)
         pack_all({folder / name: chunk for name, chunk in tars.items()}, root, params.shard.max_side)
         shutil.rmtree(files.SHARDS, ignore_errors=True)
         folder.rename(files.SHARDS)
@@ -72,8 +72,6 @@ def run(params: Params) -> None:
 
 def read_sources(path: Path = files.ACCEPTED) -> tuple[list[Source], list[str]]:
     """Return the accepted images, and the sorted class names that their labels are indexes of."""
-    if not path.exists():
-        raise UserError(f"{path} is missing; run `barlow validate` first")
     columns: dict[str, list[Any]] = manifest.read(path).select(Source._fields).to_pydict()
     classes = sorted(set(columns["label"]) - {None})
     indexes = {None: -1} | {name: i for i, name in enumerate(classes)}
@@ -152,7 +150,7 @@ def sample(source: Source, root: Path, max_side: int | None) -> webdataset.Sampl
     elif source.format in KEPT and source.mode in ("L", "RGB") and _dali_turns(data, source.orientation or 1):
         extension = KEPT[source.format]
     else:
-        data, extension = _encode(Image.fromarray(images.decode(data, formats=images.INGESTED)), "PNG"), "png"
+        data, extension = images.encode(Image.fromarray(images.decode(data, formats=images.INGESTED)), "PNG"), "png"
     return webdataset.Sample(source.sha256[:24], data, extension, source.label, height, width)
 
 
@@ -160,20 +158,14 @@ def shrunk(data: bytes, max_side: int) -> tuple[bytes, tuple[int, int]]:
     """Return an image file as a JPEG of at most `max_side` pixels a side, and its width and height."""
     image = Image.fromarray(images.decode(data, formats=images.INGESTED))
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return _encode(image, "JPEG", quality=95, subsampling=0), image.size
+    return images.encode(image, "JPEG", quality=95, subsampling=0), image.size
 
 
 def _dali_turns(data: bytes, orientation: int) -> bool:
     """Tell whether DALI too finds the orientation: it looks in EXIF only, Pillow in XMP as well."""
     if orientation == 1:
         return True
-    Image.MAX_IMAGE_PIXELS = None  # data.max_pixels was kept to by ingest; only the header is read here
+    Image.MAX_IMAGE_PIXELS = None  # ingest.max_pixels was kept to by ingest; only the header is read here
     exif = Image.Exif()
     exif.load(Image.open(io.BytesIO(data)).info.get("exif", b""))
     return bool(exif.get(0x0112) == orientation)
-
-
-def _encode(image: Image.Image, form: str, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()

@@ -2,7 +2,7 @@
 
 Reads `validate` of params.yaml and data/manifest.parquet; writes data/accepted.parquet (the rows that go on) and
 data/quarantine.csv (path, reason), which together have every row, data/quarantine/ (what can be seen of the first
-ones put aside), reports/validation.json and reports/data_docs/.
+ones put aside), reports/validate.json and reports/data_docs/.
 Exits 3, without data/accepted.parquet, when the data set as a whole is not good enough.
 """
 
@@ -18,14 +18,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from barlow.core import files
+from barlow.core import files, images
 from barlow.core.errors import DataError, UserError
 from barlow.data import expectations, manifest
 from barlow.data.expectations import Outcome
-from barlow.reporting import pictures
 from barlow.settings.params import Params
 
-SUMMARY = files.REPORTS / "validation.json"
+SUMMARY = files.REPORTS / "validate.json"
 DOCS = files.REPORTS / "data_docs"
 # Outside what DVC removes before it runs the stage. Two generations, so that validating again compares as before.
 LAST = Path("data/.last_accepted.json")
@@ -59,12 +58,12 @@ def run(params: Params) -> None:
     assert len(accepted) + len(quarantine) == len(rows)
     found += check("dataset", pd.DataFrame({"name": ["all"], "accepted_fraction": [len(accepted) / len(rows)]}))
     found += check("classes", _classes(images, accepted))
-    last, drift = _drift(accepted, params.data.source)
+    last, drift = _drift(accepted, params.ingest.source)
     found += check("drift", drift)
 
     with files.replacing(files.QUARANTINE) as temporary:
         quarantine[["path", "reason"]].to_csv(temporary, index=False, lineterminator="\n")
-    picture(manifest.root(params.data), quarantine["path"].head(PICTURES), params.validate.max_bytes)
+    picture(manifest.root(params.ingest), quarantine["path"].head(PICTURES), params.validate.max_bytes)
     files.write_json(SUMMARY, _counts(accepted, quarantine) | _summary(found))
     expectations.write_docs(context, DOCS, found)
     for outcome in found:
@@ -75,7 +74,7 @@ def run(params: Params) -> None:
         raise DataError(_message(critical, quarantine))
     trainable = int(accepted["split"].isin(["pretrain", "train"]).sum())
     if trainable < 2:
-        raise UserError(f"data.source={params.data.source} has {trainable} accepted images to train on; add images")
+        raise UserError(f"ingest.source={params.ingest.source} has {trainable} accepted images to train on; add images")
     manifest.write(table.filter(pa.array(rows.index.isin(accepted.index))), files.ACCEPTED)
     files.write_json(LAST, last)
     kinds = "".join(f", {kind} {n}" for kind, n in quarantine["kind"].value_counts().sort_index().items())
@@ -90,7 +89,7 @@ def picture(root: Path, paths: Iterable[str], max_bytes: int) -> None:
     for i, path in enumerate(paths):
         try:
             if (root / path).is_file() and (root / path).stat().st_size <= max_bytes:
-                (folder / f"{i:03d}.jpg").write_bytes(pictures.jpeg(pictures.salvage((root / path).read_bytes())))
+                (folder / f"{i:03d}.jpg").write_bytes(images.jpeg(images.salvage((root / path).read_bytes())))
         except (OSError, ValueError):  # gone, or not an image at all
             continue
     shutil.rmtree(files.QUARANTINED, ignore_errors=True)

@@ -1,27 +1,12 @@
+import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
-import stages
 import torch
 
-from barlow.core import files, machine, provenance
-from barlow.training import model
-
-
-def test_what_is_known_of_the_encoder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model.save_weights(files.ENCODER, {"w": torch.zeros(1)}, {"data": "digest", "steps": 872, "version": "1.2"})
-    stages.export()
-    files.write_json(files.REPORTS / "pretrain.json", {"hardware": "8 x GPU", "processes": 8})
-    facts = provenance.facts()
-    assert facts["Encoder"]["training images, SHA-256"] == "digest"
-    assert facts["Encoder"]["training: steps"] == "872"
-    assert facts["Encoder"]["training: hardware"] == "8 x GPU"
-    assert facts["models/encoder.onnx"]["SHA-256"] == files.sha256(files.ONNX)
-    assert facts["models/encoder.onnx"]["space"] == "0123456789abcdef"
-    assert "classes" not in facts["models/encoder.onnx"]
-    assert facts["This page"]["hardware"] == machine.hardware()
+from barlow.core import provenance
 
 
 def test_packages_are_those_that_the_pipeline_runs_on():
@@ -62,3 +47,14 @@ def test_the_code_of_a_run_is_what_pretraining_imports(tmp_path, monkeypatch):
             source.write("# a comment\n")
         seen.add(provenance.code_hash("pretrain"))
     assert len(seen) == 1 + len(changed)
+
+
+def test_hardware_names_processors_and_gpus(monkeypatch):
+    names = ["NVIDIA A", "NVIDIA B", "NVIDIA A"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    processors, *gpus = provenance.hardware().split(", ")
+    count, _, name = processors.partition(" x ")
+    assert int(count) == len(os.sched_getaffinity(0))
+    assert f": {name}\n" in Path("/proc/cpuinfo").read_text()
+    assert gpus == ["2 x NVIDIA A", "1 x NVIDIA B"]

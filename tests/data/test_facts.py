@@ -46,7 +46,7 @@ def test_unreadable_and_oversized_files(tmp_path, monkeypatch):
     row = facts._read_image(tmp_path / "film.png", 100)
     assert row == {
         "sha256": files.sha256(tmp_path / "film.png"),
-        "error": "16000801 bytes, more than data.max_pixels can fill",
+        "error": "16000801 bytes, more than ingest.max_pixels can fill",
     }
 
 
@@ -59,13 +59,13 @@ def test_stopping_drops_what_waits(tmp_path):
 
 
 def test_killed_process_is_one_clear_line():
-    with pytest.raises(UserError, match=r"was killed, most likely for want of memory; lower data.max_pixels"):
+    with pytest.raises(UserError, match=r"was killed, most likely for want of memory; lower ingest.max_pixels"):
         list(facts._map(os._exit, [1, 2]))
 
 
 def test_processes_end_with_their_parent_even_if_it_was_killed(tmp_path):
     script = (
-        "import os, pathlib; from barlow import facts; "
+        "import os, pathlib; from barlow.data import facts; "
         "reading = facts._map(pathlib.Path.exists, [pathlib.Path('.')] * 50); next(reading); os.kill(os.getpid(), 9)"
     )
     # They share its output, so this returns only when the last of them is gone.

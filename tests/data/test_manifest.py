@@ -26,9 +26,9 @@ def test_same_rows_in_any_order_give_the_same_bytes(tmp_path):
 
 def test_missing_manifest_names_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="run `barlow ingest` first"):
+    with pytest.raises(UserError, match="run `barlow ingest`"):
         manifest.read()
-    with pytest.raises(UserError, match="run `barlow validate` first"):
+    with pytest.raises(UserError, match="run `barlow validate`"):
         manifest.read(files.ACCEPTED)
 
 
@@ -43,7 +43,7 @@ def test_missing_manifest_names_the_command(tmp_path, monkeypatch):
     ],
 )
 def test_root(smoke, change, source, root):
-    assert manifest.root(change(smoke, "data", source=source).data) == Path(root)
+    assert manifest.root(change(smoke, "ingest", source=source).ingest) == Path(root)
 
 
 def test_hash_split_is_the_hash_read_as_a_fraction():

@@ -15,7 +15,7 @@ def inside(tmp_path, monkeypatch):
 
 @pytest.fixture
 def source(smoke, change):
-    return lambda source: change(smoke, "data", source=str(source)).data
+    return lambda source: change(smoke, "ingest", source=str(source)).ingest
 
 
 def make(root, *names):
@@ -158,7 +158,7 @@ def test_what_is_no_source_is_refused_by_name(tmp_path, source, name):
     make(tmp_path, "photo.jpg", "hidden/.a.jpg")
     (tmp_path / "empty").mkdir()
     (tmp_path / "data/raw").mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"^data\.source={name} (is no source|holds no files|overlaps data/raw)"):
+    with pytest.raises(UserError, match=rf"^ingest\.source={name} (is no source|holds no files|overlaps data/raw)"):
         sources.find(source(name))
 
 
@@ -175,11 +175,11 @@ def test_prepare_makes_once_and_clears_only_what_it_made(tmp_path, source, smoke
     sources.prepare(made)
     assert calls == [made.synthetic.seed]
     reseeded = change(
-        smoke, "data", source="synthetic", synthetic=made.synthetic.__class__(**vars(made.synthetic) | {"seed": 7})
+        smoke, "ingest", source="synthetic", synthetic=made.synthetic.__class__(**vars(made.synthetic) | {"seed": 7})
     )
-    sources.prepare(reseeded.data)
+    sources.prepare(reseeded.ingest)
     assert calls == [made.synthetic.seed, 7]
-    table, notes = sources.find(reseeded.data)
+    table, notes = sources.find(reseeded.ingest)
     assert table["path"].to_pylist() == ["train/cat/7.jpg"]
     assert notes == []
 

@@ -11,7 +11,7 @@ from barlow.data import synthetic
 
 @pytest.fixture
 def written(smoke, tmp_path):
-    p = dataclasses.replace(smoke.data.synthetic, unlabelled=30, train=20, val=10, test=10, defects=8)
+    p = dataclasses.replace(smoke.ingest.synthetic, unlabelled=30, train=20, val=10, test=10, defects=8)
     synthetic.write(tmp_path / "a", p)
     return p, tmp_path
 

@@ -71,7 +71,7 @@ def cifar10(tmp_path, monkeypatch):
 def test_cifar10_is_fetched_checked_resumed_and_written_without_loss(tmp_path, cifar10):
     batches, requests = cifar10
     with pytest.raises(
-        UserError, match=r"^data.source=torchvision:CIFAR10 could not be fetched: .*; run again to resume"
+        UserError, match=r"^ingest.source=torchvision:CIFAR10 could not be fetched: .*; run again to resume"
     ):
         torchvision_sets.write("torchvision:CIFAR10", tmp_path / "raw")  # the first answer is cut off
     assert not (tmp_path / "raw").exists()

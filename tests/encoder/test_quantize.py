@@ -11,10 +11,12 @@ from onnx import TensorProto, helper, numpy_helper
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from barlow import export
 from barlow.core import files, webdataset
 from barlow.core.images import decode
 from barlow.encoder import quantize
 from barlow.encoder.encoder import Encoder
+from barlow.evaluation import exported
 
 SIDE, WIDTH = 20, 16  # px of what the network sees, channels
 METADATA = {"version": "1", "space": "s", "image_size": str(SIDE), "dim": str(WIDTH), "data_hash": "d", "note": "é"}
@@ -105,7 +107,7 @@ def made(small_shards, smoke, tmp_path_factory):
         probe = LogisticRegression(C=100, max_iter=2000).fit(run(files.ONNX, images)[0], labels)
         head = probe.coef_.astype(np.float32), probe.intercept_.astype(np.float32)
         write_encoder(files.ONNX, head)
-        figures = quantize.reduce(files.ONNX, files.REDUCED, settings(smoke, 20, 10), smoke.evaluate)
+        figures = export.reduce(files.ONNX, files.REDUCED, settings(smoke, 20, 10), smoke.evaluate)
     finally:
         os.chdir(home)
     return folder, figures
@@ -269,7 +271,7 @@ def dead(source, target, _):
 def test_one_that_loses_too_much_is_not_written(figures, smoke, tmp_path, monkeypatch, capsys, make, spoilt, kept):
     (tmp_path / "int8.onnx").write_text("of before")
     monkeypatch.setattr(quantize, "int8", make)
-    found = quantize.reduce(files.ONNX, tmp_path, settings(smoke, 10), smoke.evaluate)
+    found = export.reduce(files.ONNX, tmp_path, settings(smoke, 10), smoke.evaluate)
     assert [path.name for path in tmp_path.iterdir()] == ["fp16.onnx"]
     assert (found["int8_written"], found["fp16_written"]) == (False, True)
     assert found[f"int8_{kept}_top1"] == found[f"float32_{kept}_top1"]
@@ -281,11 +283,11 @@ def test_one_that_loses_too_much_is_not_written(figures, smoke, tmp_path, monkey
 
 def test_the_loss_that_is_allowed_is_allowed(figures, smoke, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "int8", other_head(np.negative))
-    worse = quantize.reduce(files.ONNX, tmp_path, settings(smoke, 100), smoke.evaluate)
+    worse = export.reduce(files.ONNX, tmp_path, settings(smoke, 100), smoke.evaluate)
     lost = max(worse[f"float32_{kind}_top1"] - worse[f"int8_{kind}_top1"] for kind in ("linear", "knn"))
     assert worse["int8_written"]
     for bound, written in ((lost - 1e-9, False), (lost, True)):
-        found = quantize.reduce(files.ONNX, tmp_path, settings(smoke, bound), smoke.evaluate)
+        found = export.reduce(files.ONNX, tmp_path, settings(smoke, bound), smoke.evaluate)
         assert found["int8_written"] is written
         assert (tmp_path / "int8.onnx").exists() is written
 
@@ -298,9 +300,9 @@ def test_images_without_a_label_do_not_count(figures, smoke, tmp_path, monkeypat
         mixed = [*samples["pretrain"][:20], *samples[split], *samples["pretrain"][20:40]]
         webdataset.write(files.SHARDS / f"{split}-000000.tar", mixed)
     wanted = figures["float32_linear_top1"], figures["float32_knn_top1"]
-    assert quantize.accuracy(encoder, smoke.evaluate) == pytest.approx(wanted)
+    assert exported.accuracy(encoder, smoke.evaluate) == pytest.approx(wanted)
     webdataset.write(files.SHARDS / "train-000000.tar", samples["pretrain"])
-    assert quantize.accuracy(encoder, smoke.evaluate) is None  # kNN has nothing to learn from
+    assert exported.accuracy(encoder, smoke.evaluate) is None  # kNN has nothing to learn from
 
 
 def test_without_labels_nothing_is_written(small_shards, smoke, tmp_path, monkeypatch, capsys):
@@ -311,7 +313,7 @@ def test_without_labels_nothing_is_written(small_shards, smoke, tmp_path, monkey
         webdataset.write(files.SHARDS / f"{split}-000000.tar", samples)
     files.REDUCED.mkdir(parents=True)
     (files.REDUCED / "fp16.onnx").write_text("of before")
-    found = quantize.reduce(files.ONNX, files.REDUCED, settings(smoke, 20), smoke.evaluate)
+    found = export.reduce(files.ONNX, files.REDUCED, settings(smoke, 20), smoke.evaluate)
     assert found == {"int8_written": False, "fp16_written": False}
     assert list(files.REDUCED.iterdir()) == []
     assert capsys.readouterr().out.count("is not written: there are no labels to measure its accuracy with\n") == 2

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
+from barlow.core.weights import save_weights
 from barlow.evaluation import features
 from barlow.training import model
 
@@ -95,7 +96,7 @@ def test_knn_on_val_needs_labels_in_both(encoder, project, small_shards, split):
     for name in ("train", "val"):
         samples = webdataset.read(webdataset.tars(name, small_shards))
         webdataset.write(folder / f"{name}-000000.tar", (s._replace(label=-1) if name == split else s for s in samples))
-    files.write_json(folder / webdataset.CLASSES, webdataset.classes(small_shards))
+    files.write_json(folder / webdataset.CLASSES_FILE, webdataset.classes(small_shards))
     assert features.knn_on_val(encoder, CPU) == {}
 
 
@@ -154,8 +155,8 @@ def test_two_processes_share_the_images_and_find_what_one_does(encoder, smoke, s
             samples = enumerate(webdataset.read(webdataset.tars(split, small_shards)))
             labelled = (sample._replace(label=sample.label if i < n else -1) for i, sample in samples)
             webdataset.write(files.SHARDS / f"{split}-000000.tar", labelled)
-        files.write_json(files.SHARDS / webdataset.CLASSES, webdataset.classes(small_shards))
-        model.save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
+        files.write_json(files.SHARDS / webdataset.CLASSES_FILE, webdataset.classes(small_shards))
+        save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
         expected.append(features.knn_on_val(encoder, CPU))
     assert [len(accuracy) for accuracy in expected] == [1, 1, 1, 0]
     command = [sys.executable, "-c", WORKER, *folders]

@@ -98,7 +98,7 @@ def test_a_name_follows_from_all_that_is_read_and_nothing_else(params):
         ({"seeds": []}, "seeds=[] is not allowed; it must be a list of at least one value"),
         ({"base": 3}, "base=3 is not allowed; it must be a section of `key: value` lines"),
         ({"bases": {}}, "bases={} is not a known key; the nearest is base"),
-        ({"data": "elsewhere"}, "small.yaml is for data.source=elsewhere, and params.yaml has synthetic; set it"),
+        ({"data": "elsewhere"}, "small.yaml is for ingest.source=elsewhere, and params.yaml has synthetic; set it"),
         (
             {"base": {"pretrain.epoch": 2}},
             "batch, 32: pretrain.epoch=2 is not a known key; the nearest is pretrain.epochs",

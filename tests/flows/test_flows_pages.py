@@ -34,7 +34,7 @@ def test_validation_lists_checks_and_the_first_quarantined_paths():
     figures = {"success": False, "observed": 0.5, "bound": 0.99, "severity": "critical"}
     found = {"images": 1200, "accepted": 1100, "quarantined": 100}
     found |= {f"decodable_{key}": value for key, value in figures.items()}
-    Path("reports/validation.json").write_text(json.dumps(found))
+    Path("reports/validate.json").write_text(json.dumps(found))
     rows = [f'"odd | {i}`, name.jpg",empty file' for i in range(100)]
     Path("data/quarantine.csv").write_text("\n".join(["path,reason", *rows]))
     lines = pages.validation().splitlines()

@@ -48,7 +48,7 @@ def test_a_file_cut_short_shows_what_is_there(kind):
     part = whole[: len(whole) * 3 // 4]
     with pytest.raises(ValueError, match=r"truncated|broken"):
         images.decode(part)
-    seen = pictures.salvage(part)
+    seen = images.salvage(part)
     assert seen.shape == noise.shape
     assert (seen[:24] == images.decode(whole)[:24]).all()
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
@@ -59,11 +59,11 @@ def test_a_file_cut_short_shows_what_is_there(kind):
 @pytest.mark.parametrize("data", [b"", b"I am a text", b"\xff\xd8\xff\xe0"])
 def test_what_is_no_image_has_nothing_to_see(data):
     with pytest.raises(ValueError):  # noqa: PT011
-        pictures.salvage(data)
+        images.salvage(data)
 
 
 def test_one_flat_colour_is_nothing_to_see():
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "gray").save(buffer, "PNG")
     with pytest.raises(ValueError, match="nothing to see"):
-        pictures.salvage(buffer.getvalue())
+        images.salvage(buffer.getvalue())

@@ -6,7 +6,6 @@ import browsers
 import pytest
 from test_report import SECTIONS, Page
 
-from barlow import summary
 from barlow.core import files
 
 pytestmark = [pytest.mark.slow, browsers.needed]
@@ -27,7 +26,7 @@ def visit(browser, reproduced):
         page.on("pageerror", lambda error: page.log.append(f"uncaught: {error}"))
         page.on("requestfailed", lambda request: page.log.append(f"failed: {request.url[:80]}"))
         page.on("request", lambda request: request.url.startswith(("file:", "data:")) or page.log.append(request.url))
-        page.goto((reproduced / summary.REPORT).as_uri())
+        page.goto((reproduced / files.REPORT).as_uri())
         return page
 
     yield visit
@@ -36,7 +35,7 @@ def visit(browser, reproduced):
 
 
 def test_it_is_small_loads_at_once_and_every_section_has_content(visit, reproduced):
-    assert (reproduced / summary.REPORT).stat().st_size < 5_000_000
+    assert (reproduced / files.REPORT).stat().st_size < 5_000_000
     page = visit()
     milliseconds = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
     assert 0 < milliseconds < 2000
@@ -103,7 +102,7 @@ def test_the_map_can_be_walked_by_keyboard_and_tapped(visit):
 
 
 def test_its_figures_are_those_of_the_same_run(reproduced):
-    page = Page((reproduced / summary.REPORT).read_text(encoding="utf-8"))
+    page = Page((reproduced / files.REPORT).read_text(encoding="utf-8"))
     metrics = {}
     for name in ("evaluate", "finetune"):
         metrics |= files.read_json(reproduced / f"reports/{name}.json")

@@ -3,7 +3,7 @@ import pytest
 import stages
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
 
-from barlow.evaluation import probe
+from barlow.evaluation import intervals
 from barlow.reporting import charts, results
 
 
@@ -78,7 +78,7 @@ def test_classes_and_confusion_as_scikit_learn_counts_them():
             assert row["recall"] == pytest.approx(100 * recall)
             assert (row["precision"] or 0) == pytest.approx(100 * precision)
             assert row["images"] == (actual == i).sum()
-            assert (row["low"], row["high"]) == probe.wilson_interval(row["recall"], row["images"])
+            assert (row["low"], row["high"]) == intervals.wilson_interval(row["recall"], row["images"])
     assert rows["never predicted"]["precision"] is None
     assert [row["recall"] for row in found["by_class"]] == sorted((r["recall"] for r in rows.values()), reverse=True)
     for kind_actual, kind_predicted, numbers in found["mistakes"]:

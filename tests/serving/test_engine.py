@@ -16,7 +16,7 @@ from barlow.encoder.encoder import Encoder
 from barlow.serving.engine import Answer, Engine, Failure
 from barlow.serving.limits import Refusal
 from barlow.serving.metrics import Metrics
-from barlow.settings.flags import Settings
+from barlow.settings.flags import Flags
 
 POISON = 13  # an image that begins with it makes `Watched` fail
 
@@ -66,7 +66,7 @@ async def running(encoder, workers=1, **settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "cpus", lambda: workers)
         metrics = Metrics()
-        engine = Engine(encoder, Settings(**settings), metrics)
+        engine = Engine(encoder, Flags(**settings), metrics)
     engine.figure = lambda name: figure(metrics.text(), name)
     try:
         await asyncio.to_thread(until, lambda: engine._idle == workers)

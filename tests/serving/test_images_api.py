@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from services import png, start
 
-from barlow import serve
 from barlow.core import webdataset
 from barlow.encoder.encoder import Encoder
-from barlow.settings.flags import Settings
+from barlow.serving.app import app
+from barlow.settings.flags import Flags
 
 CLASSES = ["a", "b", "c", "d"]
 RNG = np.random.default_rng(0)
@@ -312,7 +312,7 @@ def ask(app, method, path, **options):
 @pytest.fixture
 def bare(tmp_path, mean_onnx):
     """The application with an encoder that has no classes and no index, and does not tell its image size."""
-    return serve.app(mean_onnx(tmp_path / "encoder.onnx"), tmp_path / "index", Settings())
+    return app(mean_onnx(tmp_path / "encoder.onnx"), tmp_path / "index", Flags())
 
 
 def test_without_labels_nothing_is_classified(bare):

@@ -8,11 +8,11 @@ from fastapi import FastAPI
 from services import Wire, figure, hosting, png, until
 from starlette.responses import JSONResponse, Response
 
-from barlow import serve
 from barlow.serving import limits
+from barlow.serving.app import app
 from barlow.serving.limits import Guard, Refusal
 from barlow.serving.metrics import Metrics
-from barlow.settings.flags import Settings
+from barlow.settings.flags import Flags
 
 GONE, NEVER = object(), object()  # parts of a body: the client goes away; nothing comes any more
 
@@ -27,7 +27,7 @@ class Service:
         app.add_api_route("/v2/health/live", self.item)
         app.add_api_route("/app", self.bug, methods=["POST"])
         direct = {"/direct": self.echo, "/wait": self.wait, "/bug": self.bug, "/refuse": self.refuse}
-        self.guard = Guard(app, Settings(**settings), self.metrics, token, direct)
+        self.guard = Guard(app, Flags(**settings), self.metrics, token, direct)
 
     async def item(self, number: int = 0):
         return number
@@ -323,12 +323,12 @@ def test_other_kinds_of_scope_go_through():
     async def app(scope, receive, send):
         seen.append(scope["type"])
 
-    asyncio.run(Guard(app, Settings(), Metrics(), None, {})({"type": "lifespan"}, None, None))
+    asyncio.run(Guard(app, Flags(), Metrics(), None, {})({"type": "lifespan"}, None, None))
     assert seen == ["lifespan"]
 
 
 def test_clients_that_go_away_leave_nothing_behind_on_a_real_socket(tmp_path, mean_onnx):
-    application = serve.app(mean_onnx(tmp_path / "encoder.onnx"), tmp_path, Settings(max_concurrent=4))
+    application = app(mean_onnx(tmp_path / "encoder.onnx"), tmp_path, Flags(max_concurrent=4))
     head = "POST /v1/embed HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n"
     with hosting(application) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
 
@@ -352,7 +352,7 @@ def test_clients_that_go_away_leave_nothing_behind_on_a_real_socket(tmp_path, me
 
 
 def test_a_client_that_sends_too_much_can_read_why(tmp_path, mean_onnx):
-    application = serve.app(mean_onnx(tmp_path / "encoder.onnx"), tmp_path, Settings(max_body_bytes=2**20))
+    application = app(mean_onnx(tmp_path / "encoder.onnx"), tmp_path, Flags(max_body_bytes=2**20))
     body = bytes(8 * 2**20)
     with hosting(application) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
         for content in (body, iter([body] * 4)):  # the latter chunked

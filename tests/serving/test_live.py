@@ -20,7 +20,7 @@ from barlow.encoder.registry import Registry
 from barlow.serving import live
 from barlow.serving.live import Live
 from barlow.serving.metrics import Metrics
-from barlow.settings.flags import Settings
+from barlow.settings.flags import Flags
 
 IMAGE = np.full((4, 5, 3), (10, 20, 30), np.uint8)
 
@@ -59,7 +59,7 @@ def write(mean_onnx):
 @asynccontextmanager
 async def watching(path, folder, **settings):
     metrics = Metrics()
-    found = Live(path, folder, Settings(**settings), metrics)
+    found = Live(path, folder, Flags(**settings), metrics)
     found.figure = lambda name, **labels: figure(metrics.text(), name, **labels)
     try:
         yield found
@@ -166,7 +166,7 @@ def test_a_bad_file_is_refused_at_the_start(tmp_path, write, make, why):
     make(tmp_path / "encoder.onnx", write)
     before = threads()
     with pytest.raises(UserError, match=why):
-        Live(tmp_path / "encoder.onnx", tmp_path, Settings(), Metrics())
+        Live(tmp_path / "encoder.onnx", tmp_path, Flags(), Metrics())
     assert threads() == before
 
 

@@ -6,7 +6,7 @@ import pytest
 from barlow.encoder.encoder import Encoder
 from barlow.serving import oip
 from barlow.serving.limits import Refusal
-from barlow.settings.flags import Settings
+from barlow.settings.flags import Flags
 
 KNOWN = ["embedding", "logits"]
 
@@ -19,7 +19,7 @@ def tensor(**changed):
 
 def parse(document, header=None, tail=b"", **settings):
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return oip.parse(body + tail, header, KNOWN, Settings(**settings))
+    return oip.parse(body + tail, header, KNOWN, Flags(**settings))
 
 
 def binary(array, **document):
@@ -35,7 +35,7 @@ def test_tensors_come_through_as_they_are(shape, form):
     images = np.random.default_rng(shape[0]).integers(0, 256, shape, dtype=np.uint8)
     if form == "binary":
         body, header = binary(images)
-        found = oip.parse(body, header, KNOWN, Settings())
+        found = oip.parse(body, header, KNOWN, Flags())
     else:
         data = (images.ravel() if form == "flat" else images).tolist()
         found = parse({"inputs": [tensor(shape=[*shape], data=data)]})
@@ -161,7 +161,7 @@ def test_malformed_requests_say_where(document, status, message):
 def test_a_header_that_is_no_length_is_refused(header):
     body, _ = binary(np.zeros((1, 1, 2, 3), np.uint8))
     with pytest.raises(Refusal, match=r"Inference-Header-Content-Length is .*, not a length of at most the") as refused:
-        oip.parse(body, header, KNOWN, Settings())
+        oip.parse(body, header, KNOWN, Flags())
     assert refused.value.status == 400
 
 
@@ -189,9 +189,9 @@ def test_sizes_that_do_not_agree_are_refused(size, tail, data, message):
 def test_a_header_that_ends_inside_the_json_is_refused():
     body, header = binary(np.zeros((1, 1, 2, 3), np.uint8))
     with pytest.raises(Refusal, match="the body is no JSON"):
-        oip.parse(body, str(int(header) - 1), KNOWN, Settings())
+        oip.parse(body, str(int(header) - 1), KNOWN, Flags())
     with pytest.raises(Refusal, match="the body is no JSON"):
-        oip.parse(body, None, KNOWN, Settings())
+        oip.parse(body, None, KNOWN, Flags())
 
 
 def test_very_long_strings_for_numbers_cost_nothing():

@@ -6,16 +6,16 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from barlow import serve
 from barlow.serving import schemas
+from barlow.serving.app import app
 
 
 @pytest.fixture
 def described(tmp_path, mean_onnx):
-    app = serve.app(mean_onnx(tmp_path / "encoder.onnx"), tmp_path)
+    application = app(mean_onnx(tmp_path / "encoder.onnx"), tmp_path)
 
     async def get():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://test") as client:
             return (await client.get("/openapi.json")).json()
 
     return asyncio.run(get())

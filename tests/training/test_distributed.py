@@ -16,9 +16,10 @@ from torch import nn
 
 from barlow.core import files
 from barlow.core.errors import UserError
+from barlow.core.weights import save_weights
 from barlow.settings.params import Ablation
 from barlow.training import distributed, model
-from barlow.training.ablation import ablated_loss
+from barlow.training.loss import ablated_loss
 
 WORLD = 4  # two are in test_pretrain, which trains with them, under torchrun
 BATCH_NORM = """
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from barlow.training import distributed, model
-from barlow.training.ablation import ablated_loss
+from barlow.training.loss import ablated_loss
 from barlow.training.loss import barlow_twins_loss, cross_correlation
 
 def batch_norm(device):
@@ -228,7 +229,7 @@ def test_batch_norm_alone_is_that_of_torch():
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
-LAUNCH = [sys.executable, "-c", "from barlow import distributed; assert distributed.launch(2, 'cpu')"]
+LAUNCH = [sys.executable, "-c", "from barlow.training import distributed; assert distributed.launch(2, 'cpu')"]
 
 
 @pytest.mark.slow
@@ -364,6 +365,6 @@ def test_stages_after_pretraining_work_on_that_device(project, smoke, monkeypatc
     monkeypatch.setattr(nn.Module, "to", refuse)
     encoder = model.FrozenEncoder(smoke.model, smoke.views)
     identity = {"model": dataclasses.asdict(smoke.model), "views": dataclasses.asdict(smoke.views)}
-    model.save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
+    save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
     with pytest.raises(Asked, match="cuda:1"):
         importlib.import_module(f"barlow.{stage}").run(smoke)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from barlow.training import loss
-from barlow.training.loss import barlow_twins_loss, cross_correlation
+from barlow.training.loss import ablated_loss, barlow_twins_loss, cross_correlation
 
 SIZES = [(8, 16), (8, 128), (64, 16), (64, 512), (256, 16), (256, 1024)]
 GRID = [(n, dim) for n in (8, 64, 256, 1024) for dim in (16, 128, 2048, 8192)]
@@ -87,11 +87,11 @@ def test_both_forms_equal_the_paper_in_float64(monkeypatch, form, n, dim):
 
 def test_terms_add_up_and_are_those_of_the_matrix():
     z_a, z_b = embeddings(32, 64)
-    total, on_diagonal, off_diagonal = barlow_twins_loss(z_a, z_b, 0.1)
+    total, invariance, redundancy = barlow_twins_loss(z_a, z_b, 0.1)
     c = cross_correlation(z_a, z_b)
-    assert on_diagonal.item() == pytest.approx((1 - c.diagonal()).square().sum().item(), rel=1e-4)
-    assert off_diagonal.item() == pytest.approx((c - c.diagonal().diag()).square().sum().item(), rel=1e-4)
-    assert total.item() == pytest.approx((on_diagonal + 0.1 * off_diagonal).item())
+    assert invariance.item() == pytest.approx((1 - c.diagonal()).square().sum().item(), rel=1e-4)
+    assert redundancy.item() == pytest.approx((c - c.diagonal().diag()).square().sum().item(), rel=1e-4)
+    assert total.item() == pytest.approx((invariance + 0.1 * redundancy).item())
 
 
 def test_cross_correlation_equals_numpy():
@@ -149,3 +149,73 @@ def test_shapes_must_agree(shape_a, shape_b):
 def test_one_sample_cannot_be_normalised():
     with pytest.raises(ValueError, match="at least 2"):
         barlow_twins_loss(torch.zeros(1, 3), torch.zeros(1, 3), 0.1)
+
+
+SIZES = [(24, 40), (40, 24)]  # the dual and the direct form
+
+
+def wide_embeddings(n, dim):
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(n, dim, generator=generator, dtype=torch.double)
+    views = [(shared + 0.5 * torch.randn(n, dim, generator=generator, dtype=torch.double)) * 3 + 1 for _ in range(2)]
+    return [view.requires_grad_() for view in views]
+
+
+def terms(z_a, z_b):
+    """The two sums of equation 1 for C = z_a^T z_b / N, entry by entry."""
+    c = torch.einsum("na,nb->ab", z_a, z_b) / len(z_a)
+    own = torch.eye(len(c), dtype=torch.bool)
+    return (1 - c[own]).square().sum(), c[~own].square().sum()
+
+
+def standardised(z):
+    return (z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt()
+
+
+def gradients_of(total, views):
+    return torch.autograd.grad(total, views, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize(("n", "dim"), SIZES)
+def test_without_normalisation_the_matrix_is_of_the_raw_embeddings(n, dim):
+    views = wide_embeddings(n, dim)
+    loss = ablated_loss(*views, 0.1, "normalisation")
+    invariance, redundancy = terms(*views)
+    torch.testing.assert_close(loss, (invariance + 0.1 * redundancy, invariance, redundancy), check_dtype=False)
+    torch.testing.assert_close(gradients_of(loss.total, views), gradients_of(invariance + 0.1 * redundancy, views))
+
+
+@pytest.mark.parametrize(("n", "dim"), SIZES)
+def test_without_invariance_redundancy_reduction_alone_is_left(n, dim):
+    views = wide_embeddings(n, dim)
+    loss = ablated_loss(*views, 0.1, "invariance")
+    invariance, redundancy = terms(*map(standardised, views))
+    torch.testing.assert_close(loss, (0.1 * redundancy, invariance, redundancy), check_dtype=False)
+    torch.testing.assert_close(gradients_of(loss.total, views), gradients_of(0.1 * redundancy, views))
+
+
+@pytest.mark.parametrize(("n", "dim"), SIZES)
+def test_stop_gradient_leaves_view_a_its_gradient_and_view_b_none(n, dim):
+    views = wide_embeddings(n, dim)
+    whole = barlow_twins_loss(*views, 0.1)
+    loss = ablated_loss(*views, 0.1, "stop-gradient")
+    torch.testing.assert_close(loss, whole)
+    of_a, of_b = gradients_of(loss.total, views)
+    torch.testing.assert_close(of_a, gradients_of(whole.total, views)[0])
+    assert not of_b.any()
+
+
+@pytest.mark.parametrize(("n", "dim"), SIZES)
+def test_a_symmetrised_stop_gradient_is_half_of_the_whole_gradient(n, dim):
+    """So it would be no other method under LARS, which a factor does not change."""
+    z_a, z_b = views = wide_embeddings(n, dim)
+    halves = [ablated_loss(*pair, 0.1, "stop-gradient").total / 2 for pair in ((z_a, z_b), (z_b, z_a))]
+    whole = gradients_of(barlow_twins_loss(*views, 0.1).total, views)
+    torch.testing.assert_close(gradients_of(sum(halves), views), tuple(gradient / 2 for gradient in whole))
+
+
+@pytest.mark.parametrize(("n", "dim"), SIZES)
+def test_nothing_left_out_is_the_loss_bit_for_bit(n, dim):
+    views = [view.float() for view in wide_embeddings(n, dim)]
+    ours, theirs = ablated_loss(*views, 0.1, None), barlow_twins_loss(*views, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -6,7 +6,7 @@ import pytest
 
 from barlow.training.progress import FOLDER, Curves, Progress, describe
 
-ROW = {"loss": 2.0, "on_diagonal": 0.5, "off_diagonal": 0.1, "lr": 0.3}
+ROW = {"loss": 2.0, "invariance": 0.5, "redundancy": 0.1, "lr": 0.3}
 
 
 def lines(name):
@@ -53,9 +53,9 @@ def test_a_line_every_ten_seconds(clock, capsys):
                 progress.show(ROW | {"loss": float(i)})
     assert capsys.readouterr().out.splitlines() == [
         # 6 steps of 8 images in 12 s; 20 steps are left
-        "epoch 1/3  step 10/30  loss 5.0  on-diagonal 0.5000  off-diagonal 0.100000  lr 0.3000  4 images/s  "
+        "epoch 1/3  step 10/30  loss 5.0  invariance 0.5000  redundancy 0.100000  lr 0.3000  4 images/s  "
         "data wait 25.0%  0:00:40 left",
-        "epoch 2/3  step 16/30  loss 11.0  on-diagonal 0.5000  off-diagonal 0.100000  lr 0.3000  4 images/s  "
+        "epoch 2/3  step 16/30  loss 11.0  invariance 0.5000  redundancy 0.100000  lr 0.3000  4 images/s  "
         "data wait 25.0%  0:00:28 left",
     ]
 
@@ -72,7 +72,7 @@ def test_an_epoch_is_measured_from_the_end_of_the_one_before(clock, capsys):
             pass
         assert progress.epoch_figures() == {"seconds": 2.0, "samples_per_second": 4.0, "data_wait": 0.25}
     assert capsys.readouterr().out == (
-        "epoch 1/4  loss 2.0  on-diagonal 0.5000  off-diagonal 0.100000  lr 0.3000  4 images/s  data wait 25.0%\n"
+        "epoch 1/4  loss 2.0  invariance 0.5000  redundancy 0.100000  lr 0.3000  4 images/s  data wait 25.0%\n"
     )
 
 
@@ -122,14 +122,14 @@ def test_in_a_terminal_there_is_a_bar(clock, monkeypatch, capsys):
         text = sys.stderr.getvalue()
     assert "| 4/30 [" in text
     assert "| 10/30 [" in sys.stderr.getvalue()
-    assert "loss 2.0  on-diagonal 0.5000  off-diagonal 0.100000  lr 0.3000  4 images/s  data wait 25.0%  0:00:4" in text
+    assert "loss 2.0  invariance 0.5000  redundancy 0.100000  lr 0.3000  4 images/s  data wait 25.0%  0:00:4" in text
     assert capsys.readouterr().out.startswith("epoch 1/3  loss 2.0")
     assert "\n" not in text
 
 
 def test_a_row_reads_as_a_line():
     line = describe(ROW | {"seconds": 1.0, "samples_per_second": 412.3, "data_wait": 0.0123})
-    assert line == ("loss 2.0  on-diagonal 0.5000  off-diagonal 0.100000  lr 0.3000  412 images/s  data wait 1.2%")
+    assert line == ("loss 2.0  invariance 0.5000  redundancy 0.100000  lr 0.3000  412 images/s  data wait 1.2%")
     assert (
         describe(ROW | {"samples_per_second": 412.3, "data_wait": 0.0123, "knn_val_top1": 61.34})
         == line + "  kNN on val 61.3 %"

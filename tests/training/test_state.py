@@ -7,14 +7,15 @@ import torch
 from barlow import pretrain
 from barlow.core import webdataset
 from barlow.core.errors import UserError
-from barlow.training import ablation, checkpoint, model, state
+from barlow.core.weights import load_weights
+from barlow.training import checkpoint, loss, state
 from barlow.training.loss import BarlowTwinsLoss, barlow_twins_loss
-from barlow.training.schedule import warmup_cosine
+from barlow.training.optim import warmup_cosine
 from barlow.training.state import Training
 from barlow.training.views import TwinViews
 
 CPU = torch.device("cpu")
-HEALTHY = {"loss": 9.0, "on_diagonal": 0.2, "off_diagonal": 0.01, "lr": 0.1, "std": 0.9}
+HEALTHY = {"loss": 9.0, "invariance": 0.2, "redundancy": 0.01, "lr": 0.1, "std": 0.9}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,8 +70,8 @@ def test_an_epochs_row_holds_the_means(project, smoke):
     assert row == pytest.approx(
         {
             "loss": 30.0,
-            "on_diagonal": 4.0 / 64,
-            "off_diagonal": 60.0 / (64 * 63),
+            "invariance": 4.0 / 64,
+            "redundancy": 60.0 / (64 * 63),
             "lr": 0.25,
             "std": unit.std(0).mean() * 8,
             "weight_norm": math.sqrt(sum(w.double().square().sum().item() for w in run.network.parameters())),
@@ -117,7 +118,7 @@ def test_collapse_is_told_with_figure_and_bound():
     found = state.collapse(HEALTHY | {"std": 0.0321}, min_std=0.1, max_correlation=0.5)
     assert list(found) == ["min_std"]
     assert "their standard deviation is 0.032 of an even spread's, below pretrain.min_std=0.1." in found["min_std"]
-    found = state.collapse(HEALTHY | {"off_diagonal": 0.49}, min_std=0.1, max_correlation=0.5)
+    found = state.collapse(HEALTHY | {"redundancy": 0.49}, min_std=0.1, max_correlation=0.5)
     assert list(found) == ["max_correlation"]
     assert "correlation 0.700, above pretrain.max_correlation=0.5." in found["max_correlation"]
 
@@ -136,10 +137,10 @@ def spoil(monkeypatch, step, how):
     """Let the loss of one step go through `how(loss, z_a)`."""
     steps = iter(range(1000))
 
-    def spoiled(z_a, z_b, lambd, group, loss=ablation.barlow_twins_loss):
-        return how(loss(z_a, z_b, lambd, group), z_a) if next(steps) == step else loss(z_a, z_b, lambd, group)
+    def spoiled(z_a, z_b, lambd, whole=loss.barlow_twins_loss):
+        return how(whole(z_a, z_b, lambd), z_a) if next(steps) == step else whole(z_a, z_b, lambd)
 
-    monkeypatch.setattr(ablation, "barlow_twins_loss", spoiled)
+    monkeypatch.setattr(loss, "barlow_twins_loss", spoiled)
 
 
 def infinite(loss, _):
@@ -174,7 +175,7 @@ def test_what_is_not_finite_is_not_saved_and_said_with_all_that_helps(project, s
     paths = sorted(checkpoint.FOLDER.glob("*/*"))
     assert [path.name for path in paths] == ["step-000000003.safetensors", "step-000000004.safetensors"]
     for path in paths:
-        tensors, metadata = model.load_weights(path)
+        tensors, metadata = load_weights(path)
         assert all(tensor.isfinite().all() for tensor in tensors.values())
         assert all(math.isfinite(value) for row in metadata["history"] for value in row.values())
 

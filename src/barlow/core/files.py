@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from barlow.core.errors import UserError
+
 RAW = Path("data/raw")  # images that ingest made or downloaded; a user's own folder is read where it lies
 MANIFEST = Path("data/manifest.parquet")
 ACCEPTED = Path("data/accepted.parquet")
@@ -27,6 +29,7 @@ INDEX = Path("models/index")  # of `barlow index`: a file an embedding space
 DECISION = Path("models/decision.json")  # the last of `barlow promote`
 DRIFT = Path("models/drift.json")
 REPORTS = Path("reports")
+REPORT = REPORTS / "index.html"
 CONFUSION = REPORTS / "confusion.csv"
 FEW_LABELS = REPORTS / "few_labels.csv"
 
@@ -67,6 +70,16 @@ def write_json(path: Path | str, value: Any) -> None:
 def read_json(path: Path | str) -> Any:
     """Return what `write_json` wrote."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def require(path: Path | str, command: str) -> None:
+    """Check that a file, or a folder, of a command is there.
+
+    Raises:
+        UserError: it is not; names the command that writes it.
+    """
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing; run `barlow {command}`, or `dvc repro` for all that is needed")
 
 
 def sha256(path: Path | str) -> str:

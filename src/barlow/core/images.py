@@ -9,11 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # What is decoded, as Pillow names it. Of its other formats some take gigabytes whatever their header says; EPS is run.
 FORMATS = ("BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 INGESTED = (*FORMATS, "GIF")  # what `validate.formats` may name
+THUMBNAIL = 96  # px, the longer side
+SALVAGED_PIXELS = 100_000_000  # of an image to salvage: 300 MB decoded
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3)
 
 
 class TooManyPixelsError(ValueError):
@@ -56,7 +60,7 @@ def _unknown(start: bytes, formats: tuple[str, ...]) -> str:
     return "not an image in a known format"
 
 
-def to_rgb(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def to_rgb(image: Image.Image) -> Pixels:
     """Return uint8 (height, width, 3): EXIF orientation applied, 16 bits scaled to 8, alpha dropped.
 
     Raises:
@@ -70,11 +74,39 @@ def to_rgb(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return np.asarray(image.convert("RGB"))
 
 
-def decode(
-    data: bytes, max_pixels: int | None = None, formats: tuple[str, ...] = FORMATS
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def decode(data: bytes, max_pixels: int | None = None, formats: tuple[str, ...] = FORMATS) -> Pixels:
     """Decode an image file to uint8 (height, width, 3) RGB; raises as `open_image` does."""
     return to_rgb(open_image(data, max_pixels, formats))
+
+
+def encode(image: Image.Image, form: str, **options: Any) -> bytes:
+    """Return an image as a file of a format, as Pillow names it, with options of Pillow's `save`."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def jpeg(pixels: Pixels, side: int = THUMBNAIL) -> bytes:
+    """Return the JPEG file of an image (height, width, 3), shrunk where its longer side is above `side` px."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side))
+    return encode(image, "JPEG", quality=85, subsampling=0)
+
+
+def salvage(data: bytes) -> Pixels:
+    """Decode what can be decoded of an image file, even of one that is cut short.
+
+    Raises:
+        ValueError: there is nothing to see in it.
+    """
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+    try:
+        pixels = decode(data, SALVAGED_PIXELS, INGESTED)
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    if pixels.size == 0 or pixels.min() == pixels.max():
+        raise ValueError("nothing to see")
+    return pixels
 
 
 @contextmanager

@@ -4,56 +4,47 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
-import onnx
-
-from barlow.core import files, machine
-from barlow.training import model
+from barlow.core import files
 
 PACKAGE = Path(__file__).parents[1]
 
 
-def facts() -> dict[str, dict[str, str]]:
-    """Return what is known of the encoder, of its ONNX file and of the page that is being written."""
-    exported = onnx.load(str(files.ONNX), load_external_data=False).metadata_props
-    trained, pretrained = model.load_metadata(files.ENCODER), files.read_json(files.REPORTS / "pretrain.json")
-    return {
-        "Encoder": {
-            "training images, SHA-256": str(trained.get("data", "unknown")),
-            **{f"training: {name}": str(trained[name]) for name in ("version", "steps") if name in trained},
-            **{f"training: {name}": str(pretrained[name]) for name in ("hardware", "processes") if name in pretrained},
-            f"{files.ENCODER}, SHA-256": files.sha256(files.ENCODER),
-        },
-        str(files.ONNX): {
-            "SHA-256": files.sha256(files.ONNX),
-            **{p.key.replace("_", " "): p.value for p in exported if p.key != "classes"},
-        },
-        "This page": {
-            "git revision": revision(),
-            "hardware": machine.hardware(),
-            "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        },
-    }
+def git(*arguments: str, project: Path | str = ".", environment: Mapping[str, str] | None = None) -> str:
+    """Run git in a folder and return what it prints, without the last line end; raises CalledProcessError."""
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=project,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.rstrip("\n")
+
+
+def commit() -> str | None:
+    """Return the commit that is checked out; None outside a git repository, and where git is not installed."""
+    try:
+        return git("rev-parse", "--verify", "--quiet", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def revision(paths: Iterable[str] = ("src", "params.yaml")) -> str:
-    """Return the project's git revision, and which of some files and folders differ from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        changed = [path for path in paths if git("status", "--porcelain", "--", path)]
-        return f"{commit}, with uncommitted changes in {', '.join(changed)}" if changed else commit
-    except (OSError, subprocess.CalledProcessError):
+    """Return the commit that is checked out, and which of some files and folders differ from it."""
+    if not (head := commit()):
         return "not in a git repository"
+    changed = [path for path in paths if git("status", "--porcelain", "--", path)]
+    return f"{head}, with uncommitted changes in {', '.join(changed)}" if changed else head
 
 
 def code_hash(*commands: str) -> str:
@@ -93,3 +84,14 @@ def packages() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def hardware() -> str:
+    """Name the processors this process may use, and all GPUs: `2 x AMD EPYC 9R14, 8 x NVIDIA H100`."""
+    import torch  # here, since a benchmark may load another first
+
+    described = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", described.read_text()) if described.exists() else None
+    gpus = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    processors = {found[1] if found else platform.machine(): files.cpus()}
+    return ", ".join(f"{count} x {name}" for name, count in [*processors.items(), *gpus.items()])

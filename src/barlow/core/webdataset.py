@@ -24,7 +24,7 @@ from barlow.core import files
 from barlow.core.errors import UserError
 
 EXTENSIONS = ("jpg", "png", "webp")  # of the images; DALI decodes these to the pixels of `images.decode`
-CLASSES = "classes.json"
+CLASSES_FILE = "classes.json"
 VERSION = "v1.2"
 OPEN_TARS = 256  # mapped at a time
 Indices = np.ndarray[Any, np.dtype[np.int64]]
@@ -176,7 +176,7 @@ def digest(tars: Iterable[Path]) -> str:
 
 def classes(folder: Path = files.SHARDS) -> list[str]:
     """Return the names that labels are indices of; empty where no image has a label."""
-    names: list[str] = files.read_json(folder / CLASSES)
+    names: list[str] = files.read_json(folder / CLASSES_FILE)
     return names
 
 

@@ -53,7 +53,7 @@ def _map(read: Any, chunks: list[list[str]]) -> Generator[pa.RecordBatch, None, 
             yield from pool.map(read, chunks)
         except BrokenProcessPool:
             raise UserError(
-                "a process that decodes images was killed, most likely for want of memory; lower data.max_pixels"
+                "a process that decodes images was killed, most likely for want of memory; lower ingest.max_pixels"
             ) from None
 
 
@@ -84,7 +84,7 @@ def _read_image(path: Path, max_pixels: int) -> dict[str, Any]:
         if status.st_size > 16_000_000 + 8 * max_pixels:  # 16-bit RGBA: no need to take a film into memory
             return {
                 "sha256": files.sha256(path),
-                "error": f"{status.st_size} bytes, more than data.max_pixels can fill",
+                "error": f"{status.st_size} bytes, more than ingest.max_pixels can fill",
             }
         content = path.read_bytes()
     except FileNotFoundError:

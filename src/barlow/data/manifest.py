@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from barlow.core import files
-from barlow.core.errors import UserError
 from barlow.settings import params
 
 SPLITS = ("pretrain", "train", "val", "test")
@@ -19,7 +18,7 @@ SCHEMA = pa.schema(
     [
         pa.field(
             "path", pa.string(), nullable=False
-        ),  # posix, relative to root(params.data); an absolute one in a table
+        ),  # posix, relative to root(params.ingest); an absolute one in a table
         pa.field("split", pa.string(), nullable=False),  # one of SPLITS; `train` is labelled, always
         pa.field("label", pa.string()),  # the class's name
         pa.field("width", pa.int32()),  # px, as stored: before the EXIF orientation is applied
@@ -38,8 +37,7 @@ SCHEMA = pa.schema(
 
 def read(path: Path = files.MANIFEST) -> pa.Table:
     """Read a manifest, or the accepted part of one; a missing one is a UserError."""
-    if not path.exists():
-        raise UserError(f"{path} is missing; run `barlow {'ingest' if path == files.MANIFEST else 'validate'}` first")
+    files.require(path, "ingest" if path == files.MANIFEST else "validate")
     return pq.read_table(path)
 
 
@@ -50,11 +48,11 @@ def write(table: pa.Table, path: Path = files.MANIFEST) -> None:
         pq.write_table(table, temporary)
 
 
-def root(data: params.Data) -> Path:
+def root(p: params.Ingest) -> Path:
     """Return the folder that the manifest's paths are relative to."""
-    if is_made(data.source):
+    if is_made(p.source):
         return files.RAW
-    source = Path(data.source).expanduser()
+    source = Path(p.source).expanduser()
     return source.parent if is_table(source) else source
 
 

@@ -1,10 +1,11 @@
-"""Where images come from: `prepare` brings data/raw to what `data.source` asks for, `find` lists the files, unread."""
+"""Where images come from: `prepare` makes data/raw what `ingest.source` asks for, `find` lists the files, unread."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import stat
 from collections.abc import Iterator
@@ -44,35 +45,35 @@ def check(source: str) -> None:
     path = Path(source).expanduser()
     if not (path.is_dir() or (path.is_file() and manifest.is_table(path))):
         raise UserError(
-            f"data.source={source} is no source; it must be synthetic, torchvision:NAME, an existing folder, or an "
+            f"ingest.source={source} is no source; it must be synthetic, torchvision:NAME, an existing folder, or an "
             "existing .csv or .parquet file with a column `path`"
         )
     raw, path = files.RAW.resolve(), path.resolve()
     if raw in (path, *path.parents) or (path in raw.parents and path.is_dir()):
         raise UserError(
-            f"data.source={source} overlaps {files.RAW}, which ingest fills and clears; keep your images elsewhere"
+            f"ingest.source={source} overlaps {files.RAW}, which ingest fills and clears; keep your images elsewhere"
         )
 
 
-def prepare(data: params.Data) -> None:
+def prepare(p: params.Ingest) -> None:
     """Fill data/raw for a source that is made or downloaded, and empty it for any other.
 
     What it already holds for the same source stays. A folder without our marker is somebody's own: UserError.
     """
-    check(data.source)
+    check(p.source)
     files.RAW.mkdir(parents=True, exist_ok=True)
     wanted = ""
-    if data.source == "synthetic":
+    if p.source == "synthetic":
         code = files.sha256(synthetic.__file__)
-        wanted = json.dumps({"source": data.source, "code": code} | dataclasses.asdict(data.synthetic))
-    elif manifest.is_made(data.source):
-        wanted = json.dumps({"source": data.source})
+        wanted = json.dumps({"source": p.source, "code": code} | dataclasses.asdict(p.synthetic))
+    elif manifest.is_made(p.source):
+        wanted = json.dumps({"source": p.source})
     if MARKER.exists():
         if MARKER.read_text() == wanted:
             return
     elif any(files.RAW.iterdir()):
         raise UserError(
-            f"{files.RAW} holds files that ingest did not put there; move them and name their new place in data.source"
+            f"{files.RAW} holds files that ingest did not put there; move them and set ingest.source to where they are"
         )
     MARKER.write_text("unfinished")
     for child in files.RAW.iterdir():
@@ -80,33 +81,31 @@ def prepare(data: params.Data) -> None:
             shutil.rmtree(child)
         elif child != MARKER:
             child.unlink()
-    if data.source == "synthetic":
-        synthetic.write(files.RAW, data.synthetic)
-    elif manifest.is_made(data.source):
-        torchvision_sets.write(data.source, files.RAW)
+    if p.source == "synthetic":
+        synthetic.write(files.RAW, p.synthetic)
+    elif manifest.is_made(p.source):
+        torchvision_sets.write(p.source, files.RAW)
     if wanted:
         MARKER.write_text(wanted)
     else:
         MARKER.unlink()
 
 
-def find(data: params.Data) -> tuple[pa.Table, list[str]]:
+def find(p: params.Ingest) -> tuple[pa.Table, list[str]]:
     """List the source's files, as LISTING and in the order of their paths, with notes on what was left out.
 
     Raises:
         UserError: there is no such source, it is empty, or a table is malformed.
     """
-    check(data.source)
-    source = Path(data.source).expanduser()
+    check(p.source)
+    source = Path(p.source).expanduser()
     notes: list[str] = []
     if manifest.is_table(source):
         table = _read_table(source)
     else:
-        table, notes = _walk(manifest.root(data))
+        table, notes = _walk(manifest.root(p))
     if not table.num_rows:
-        raise UserError(
-            f"data.source={data.source} holds no files{''.join(f' ({note})' for note in notes)}; add images"
-        )
+        raise UserError(f"ingest.source={p.source} holds no files{''.join(f' ({note})' for note in notes)}; add images")
     return table.sort_by("path"), notes
 
 
@@ -191,23 +190,25 @@ def _read_table(source: Path) -> pa.Table:
             table = pq.read_table(source)
         given = {name: table[name].cast(pa.string()) for name in names if name in table.column_names}
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"data.source={source} cannot be read as a table: {' '.join(str(error).split())}") from None
+        raise UserError(f"ingest.source={source} cannot be read as a table: {' '.join(str(error).split())}") from None
     if "path" not in given:
-        raise UserError(f"data.source={source} has no column `path`, only {', '.join(table.column_names)}; rename one")
+        raise UserError(
+            f"ingest.source={source} has no column `path`, only {', '.join(table.column_names)}; rename one"
+        )
     if given["path"].null_count:
         raise UserError(
-            f"data.source={source} has {given['path'].null_count} rows without a `path`; fill or remove them"
+            f"ingest.source={source} has {given['path'].null_count} rows without a `path`; fill or remove them"
         )
     paths = given["path"].to_pylist()
     if len(set(paths)) < len(paths):
         counts = pc.value_counts(given["path"]).to_pylist()
         twice = next(entry["values"] for entry in counts if entry["counts"] > 1)
-        raise UserError(f"data.source={source} lists {twice} more than once; keep one row for each image")
+        raise UserError(f"ingest.source={source} lists {twice} more than once; keep one row for each image")
     splits = pc.utf8_lower(given.get("split", pa.nulls(len(paths), pa.string())))
     unknown = sorted(set(pc.unique(splits).to_pylist()) - {*SPLITS, None})
     if unknown:
         raise UserError(
-            f"data.source={source}: split={unknown[0]} is not allowed; it must be {', '.join(SPLITS)} or empty"
+            f"ingest.source={source}: split={unknown[0]} is not allowed; it must be {', '.join(SPLITS)} or empty"
         )
     statuses = [_status(source.parent / path) for path in paths]
     return pa.table(
@@ -227,3 +228,12 @@ def _status(path: Path) -> os.stat_result | None:
         return path.stat()
     except (OSError, ValueError):  # ValueError: a null byte in the name
         return None
+
+
+def require_platform() -> None:
+    """Raise a UserError on a machine that DALI, which makes the views, is not built for."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise UserError(
+            f"training needs Linux on x86-64, this is {platform.system()} on {platform.machine()}: NVIDIA DALI, which "
+            "makes the views, is not available here; use such a machine, or WSL 2 or Docker on x86-64"
+        )

@@ -7,7 +7,6 @@ colour, brightness or order. A few planted bad files give validation something t
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from barlow.core import images
 from barlow.settings import params
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -135,7 +135,9 @@ def write(root: Path, p: params.Synthetic) -> None:
             folder = root / split if split == "unlabelled" else root / split / family
             folder.mkdir(parents=True, exist_ok=True)
             quality = int(rng.integers(85, 96))
-            (folder / f"{i:06d}.jpg").write_bytes(_jpeg(surface(family, p.size, rng), quality))
+            (folder / f"{i:06d}.jpg").write_bytes(
+                images.encode(Image.fromarray(surface(family, p.size, rng)), "JPEG", quality=quality)
+            )
     _plant_defects(root / "unlabelled", p)
 
 
@@ -143,19 +145,13 @@ def _plant_defects(folder: Path, p: params.Synthetic) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([p.seed, 4])
     for i in range(p.defects):
-        whole = _jpeg(surface("dots", p.size, rng), 90)
+        whole = images.encode(Image.fromarray(surface("dots", p.size, rng)), "JPEG", quality=90)
         twins = sorted(folder.glob("0*.jpg"))
         kind = ("truncated", "empty", "duplicate", "tiny")[i % 4]
         if kind == "duplicate" and twins:
             content = twins[i % len(twins)].read_bytes()
         else:
             content = {"truncated": whole[: len(whole) // 2], "empty": b"", "duplicate": whole}.get(
-                kind, _jpeg(surface("dots", 8, rng), 90)
+                kind, images.encode(Image.fromarray(surface("dots", 8, rng)), "JPEG", quality=90)
             )
         (folder / f"{kind}-{i:03d}.jpg").write_bytes(content)
-
-
-def _jpeg(pixels: np.ndarray[Any, np.dtype[np.uint8]], quality: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()

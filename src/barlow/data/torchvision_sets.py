@@ -41,7 +41,9 @@ def check(source: str) -> str:
     if name not in SETS:
         by_lower = {known.lower(): known for known in SETS}
         near = [by_lower[lower] for lower in difflib.get_close_matches(name.lower(), by_lower, 3, 0.0)]
-        raise UserError(f"data.source={source} is not a known set; the nearest are {', '.join(near)} (of {len(SETS)})")
+        raise UserError(
+            f"ingest.source={source} is not a known set; the nearest are {', '.join(near)} (of {len(SETS)})"
+        )
     return name
 
 
@@ -66,7 +68,7 @@ def write(source: str, out: Path) -> None:
             Exception
         ) as error:  # torchvision raises whatever its parts raise: URLError, RuntimeError, ImportError, ...
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"data.source={source} could not be fetched: {reason}; run again to resume") from error
+            raise UserError(f"ingest.source={source} could not be fetched: {reason}; run again to resume") from error
         classes = _class_names(images)
         for i in tqdm(range(len(images)), desc=f"{name} {split}".strip(), unit="image", disable=None):
             image, target = images[i]

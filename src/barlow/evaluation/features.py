@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from barlow.core import files, images, webdataset
-from barlow.core.errors import UserError
+from barlow.core.weights import save_weights
 from barlow.evaluation import probe
 from barlow.training import distributed, model
 
@@ -77,7 +77,7 @@ def save(encoder: str, splits: Mapping[str, Split]) -> None:
         letters = keys.view(np.uint8).reshape(len(keys), keys.itemsize)
         parts = zip(Split._fields, (split.features, split.labels, torch.from_numpy(letters)), strict=True)
         tensors |= {f"{name}.{field}": tensor for field, tensor in parts}
-    model.save_weights(files.FEATURES / f"{encoder}.safetensors", tensors, {})
+    save_weights(files.FEATURES / f"{encoder}.safetensors", tensors, {})
 
 
 def load(encoder: str, name: str) -> Split:
@@ -87,8 +87,7 @@ def load(encoder: str, name: str) -> Split:
         UserError: there is none.
     """
     path = files.FEATURES / f"{encoder}.safetensors"
-    if not path.exists():
-        raise UserError(f"{path} is missing; run `barlow extract` first")
+    files.require(path, "extract")
     with safe_open(path, framework="pt") as file:
         features, labels, letters = (file.get_tensor(f"{name}.{field}") for field in Split._fields)
     keys = letters.numpy().view(f"S{letters.shape[1]}").flatten() if letters.numel() else []

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional
 
-Features = Float[Tensor, "batch dim"]
 Labels = Int[Tensor, " batch"]
 
 
@@ -145,83 +142,3 @@ def predict(
 def accuracy(predictions: Labels, labels: Labels) -> float:
     """Return the share of right predictions, in percent."""
     return 100 * float((predictions == labels).double().mean())
-
-
-def wilson_interval(percent: float, n: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of an accuracy in percent over `n` images (Wilson, 1927)."""
-    z, p = 1.959964, percent / 100
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return 100 * max(centre - half, 0), 100 * min(centre + half, 1)
-
-
-def mean_interval(percents: Sequence[float], n: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the mean of repeated accuracies in percent, all over the same `n` images.
-
-    Student's t over the repetitions (label draws, seeds) and, in quadrature, the error of `n` test images, which no
-    repetition makes smaller: law of total variance. One repetition leaves Wilson's interval.
-    """
-    mean, k = math.fsum(percents) / len(percents), len(percents)
-    low, high = wilson_interval(mean, n)
-    repeated = float(stats.t.ppf(0.975, k - 1) * np.std(percents, ddof=1) / math.sqrt(k)) if k > 1 else 0.0
-    return max(mean - math.hypot(mean - low, repeated), 0.0), min(mean + math.hypot(high - mean, repeated), 100.0)
-
-
-def figure(name: str, percents: Sequence[float], n: int) -> dict[str, float]:
-    """Return the mean of repeated accuracies over `n` images under `name`, with its `_low` and `_high`."""
-    low, high = mean_interval(percents, n)
-    return {name: math.fsum(percents) / len(percents), f"{name}_low": low, f"{name}_high": high}
-
-
-def paired_interval(better: int, worse: int, n: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the difference of two accuracies over the same `n` images, in points.
-
-    `better` images only the first predicts right, `worse` only the second. The adjusted Wald interval of Bonett and
-    Price, J. Educ. Behav. Stat. 37(4), 2012; with no discordant image it is not empty but some points wide.
-    """
-    first, second = (better + 1) / (n + 2), (worse + 1) / (n + 2)
-    half = 1.959964 * math.sqrt((first + second - (first - second) ** 2) / (n + 2))
-    return 100 * max(first - second - half, -1), 100 * min(first - second + half, 1)
-
-
-def effective_rank(features: Features) -> float:
-    """Return exp of the entropy of the normalised singular values (RankMe: Garrido et al., arXiv 2210.02885, eq. 1)."""
-    values = torch.linalg.svdvals(features.double())
-    p = values / values.sum() + 1e-7
-    return float(torch.exp(-(p * p.log()).sum()))
-
-
-def spread(features: Features) -> float:
-    """Return the mean standard deviation of unit features times sqrt(dim): 1 is even, 0 collapsed.
-
-    Chen and He, arXiv 2011.10566, section 4.1.
-    """
-    return float(functional.normalize(features.float()).std(0, correction=0).mean() * features.shape[1] ** 0.5)
-
-
-def alignment(view_a: Features, view_b: Features) -> float:
-    """Return the mean squared distance of two views' features on the unit sphere, 0 to 4; lower is more invariant.
-
-    Wang and Isola, arXiv 2005.10242, section 4.1.
-    """
-    distance = functional.normalize(view_a) - functional.normalize(view_b)
-    return float(distance.square().sum(1).mean())
-
-
-def uniformity(features: Features) -> float:
-    """Return log E exp(-2 |x - y|^2) over pairs on the unit sphere; lower is more spread out (same paper)."""
-    distances = torch.pdist(functional.normalize(features))
-    return float((-2 * distances.square()).exp().mean().log())
-
-
-def redundancy(features: Features) -> float:
-    """Return the root mean square correlation between two different dimensions, 0 to 1; constant ones count as 0.
-
-    What the redundancy-reduction term drives down in the embedding (Zbontar et al., arXiv 2103.03230, eq. 1), here of
-    the representation.
-    """
-    x = features.double() - features.double().mean(0)
-    x = functional.normalize(x, dim=0)
-    correlation, dim = x.T @ x, x.shape[1]
-    off_diagonal = correlation.square().sum() - correlation.diagonal().square().sum()
-    return float((off_diagonal / max(dim * (dim - 1), 1)).sqrt())

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from barlow.core.errors import UserError
 from barlow.settings import strict
-from barlow.settings.params import Count, Params
+from barlow.settings.params import Params
+from barlow.settings.strict import Count
 
 FOLDER = Path("presets/claims")
 
@@ -78,9 +79,9 @@ def load(preset: str, params: Params) -> Grid:
                 raise UserError(f"{path}: the rule of {claim.name} names {label!r}; its points are {', '.join(labels)}")
         for point in claim.points:
             apply(params, grid.base | point.params, f"{path}: {claim.name}, {point.label}")
-    if params.data.source != grid.data:
+    if params.ingest.source != grid.data:
         raise UserError(
-            f"{path} is for data.source={grid.data}, and params.yaml has {params.data.source}; set it, with "
+            f"{path} is for ingest.source={grid.data}, and params.yaml has {params.ingest.source}; set it, with "
             f"what belongs to it (`barlow preset`), or choose another of {', '.join(known)}"
         )
     return grid

@@ -27,6 +27,7 @@ from typing import Any
 
 from barlow.core import files
 from barlow.core.errors import Interrupted, UserError
+from barlow.core.provenance import commit, git
 from barlow.settings import strict
 
 STAGES = ("pretrain", "extract", "evaluate")
@@ -40,7 +41,7 @@ def inputs() -> dict[str, Any]:
     Raises:
         UserError: dvc.lock, which says what the shards are, is not in git: experiments would not have it.
     """
-    if subprocess.run(["git", "ls-files", "--error-unmatch", "dvc.lock"], capture_output=True).returncode != 0:
+    if not (commit() and git("ls-files", "dvc.lock")):
         raise UserError("dvc.lock is not in git, and experiments see only what is: git add dvc.lock")
     stages = strict.read_yaml("dvc.yaml")["stages"]
     code = {dep for stage in STAGES for dep in stages[stage]["deps"] if dep.startswith("src/")}
@@ -114,14 +115,15 @@ def run(todo: Mapping[str, Mapping[str, Any]], jobs: int) -> Iterator[tuple[str,
 @contextmanager
 def _clone() -> Iterator[Path]:
     """Clone the project as it is now, uncommitted changes and DVC's cache included, for as long as it is needed."""
-    top, prefix = (git("rev-parse", f"--{what}").strip() for what in ("show-toplevel", "show-prefix"))
-    changes = subprocess.run(["git", "diff-index", "--patch", "--binary", "HEAD"], capture_output=True, check=True)
+    top, prefix = (git("rev-parse", f"--{what}") for what in ("show-toplevel", "show-prefix"))
     temporary = Path(".dvc/tmp")  # on the disk that the project is on, and in no one's way
     temporary.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="experiments-", dir=temporary, ignore_cleanup_errors=True) as folder:
         git("clone", "--quiet", "--shared", top, folder)
-        if changes.stdout:
-            subprocess.run(["git", "apply", "--whitespace=nowarn"], input=changes.stdout, cwd=folder, check=True)
+        changes = Path(folder, ".git", "changes.patch").resolve()
+        git("diff-index", "--patch", "--binary", f"--output={changes}", "HEAD")
+        if changes.stat().st_size:
+            git("apply", "--whitespace=nowarn", str(changes), project=folder)
         project = Path(folder, prefix).resolve()
         with suppress(FileNotFoundError):
             shutil.copy(".dvc/config.local", project / ".dvc")
@@ -177,11 +179,6 @@ def _environment() -> dict[str, str]:
     """Return an environment in which stages are those of this Python, and their code that of the experiment's copy."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return os.environ | {"PATH": path, "PYTHONPATH": "src", "DVC_NO_ANALYTICS": "1"}
-
-
-def git(*arguments: str, project: Path | str = ".") -> str:
-    """Run git in a folder and return what it prints; raises CalledProcessError where it fails."""
-    return subprocess.run(["git", *arguments], cwd=project, capture_output=True, text=True, check=True).stdout
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

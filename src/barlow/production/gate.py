@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from barlow.core import files, images, webdataset
-from barlow.core.errors import Refused
 from barlow.encoder.encoder import Encoder, Vectors
-from barlow.evaluation import features, probe
-from barlow.evaluation.features import Split, labelled, through
+from barlow.evaluation import features, intervals, probe
+from barlow.evaluation.exported import embed
+from barlow.evaluation.features import Split, labelled
 from barlow.settings.params import Params
+from barlow.training import health
 
 HEALTH_IMAGES = 2000  # whose embeddings are looked at for their spread
 TIMED_RUNS = 51
@@ -47,10 +48,10 @@ class Read:
 
     def figures(self) -> dict[str, float]:
         """Return what a person compares: top-1 in percent with intervals, effective rank and spread."""
-        found = {"effective_rank": probe.effective_rank(self.val), "std": probe.spread(self.val)}
+        found = {"effective_rank": health.effective_rank(self.val), "std": health.spread(self.val)}
         for name, right in self.right.items():
             top1 = 100 * float(right.double().mean())
-            low, high = probe.wilson_interval(top1, len(right))
+            low, high = intervals.wilson_interval(top1, len(right))
             found |= {f"{name}_top1": top1, f"{name}_top1_low": low, f"{name}_top1_high": high}
         return found
 
@@ -72,15 +73,6 @@ def read(encoder: Encoder, params: Params) -> Read:
         right = {"linear": found.linear == test.labels, "knn": found.knn == test.labels}
     tars = [tar for split in ("val", "pretrain") for tar in webdataset.tars(split)]  # few may be held out
     return Read(embed(encoder, islice(webdataset.read(tars), HEALTH_IMAGES)).features, test, right)
-
-
-def embed(encoder: Encoder, samples: Iterator[webdataset.Sample]) -> Split:
-    """Embed images with onnxruntime; raises Refused as `read` does."""
-    split = through(samples, images.decode, lambda pixels: torch.from_numpy(encoder.embed(pixels)), encoder.dim)
-    for key, finite in zip(split.keys, split.features.isfinite().all(1).tolist(), strict=True):
-        if not finite:
-            raise Refused(f"the embedding of image {key} has a NaN or an infinity")
-    return split
 
 
 def alone(test: Split, figures: dict[str, float], size: int, params: Params) -> Iterator[Check]:
@@ -112,7 +104,7 @@ def against(challenger: Read, champion: Read, params: Params) -> Iterator[Check]
         better = int((right & ~champion.right[name]).sum())
         worse = int((~right & champion.right[name]).sum())
         difference = 100 * (better - worse) / len(right)
-        low, high = probe.paired_interval(better, worse, len(right))
+        low, high = intervals.paired_interval(better, worse, len(right))
         text = (
             f"{difference:+.1f} points ({low:+.1f} to {high:+.1f}), the lower end at least -promote.margin={-margin:g}"
         )

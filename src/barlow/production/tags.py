@@ -6,12 +6,12 @@ Each tag is on a commit of its own, a child of HEAD with dvc.lock and the metric
 
 from __future__ import annotations
 
-import os
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from barlow.core import provenance
 from barlow.core.errors import UserError
 from barlow.encoder.registry import Version
 
@@ -26,10 +26,10 @@ def require_clean() -> None:
     Raises:
         UserError: they are not.
     """
-    if not _in_repository():
+    if not provenance.commit():
         return
-    changed = _git("diff", "--name-only", "--relative", "HEAD").splitlines()
-    new = _git("ls-files", "--others", "--exclude-standard", "--", "src", "flows").splitlines()
+    changed = provenance.git("diff", "--name-only", "--relative", "HEAD").splitlines()
+    new = provenance.git("ls-files", "--others", "--exclude-standard", "--", "src", "flows").splitlines()
     if mine := [name for name in [*changed, *new] if not name.startswith(WRITTEN)]:
         raise UserError(f"{', '.join(mine[:5])} not committed, so nothing may be promoted; commit or stash it")
 
@@ -39,17 +39,17 @@ def tag(version: Version) -> str:
 
     Harmless to repeat: a promotion that was killed before it tagged is tagged by the next one.
     """
-    if not _in_repository():
+    if not provenance.commit():
         return "no git repository, so no tag"
     from gto import api  # takes a second, and only a promotion needs it
 
     number = f"v{version.number}.0.0"
     words: dict[str, Any] = {"message": f"registry {version.name}", "author": AUTHOR, "author_email": EMAIL}
     try:
-        if f"{NAME}@{number}" not in _git("tag", "--list", f"{NAME}@*").split():
+        if f"{NAME}@{number}" not in provenance.git("tag", "--list", f"{NAME}@*").split():
             api.register(".", NAME, _snapshot(version), version=number, **words)
-        assigned = _git("tag", "--list", "--sort=-version:refname", f"{NAME}#{STAGE}#*").split()[:1]
-        commits = [_git("rev-parse", f"{name}^{{commit}}") for name in (f"{NAME}@{number}", *assigned)]
+        assigned = provenance.git("tag", "--list", "--sort=-version:refname", f"{NAME}#{STAGE}#*").split()[:1]
+        commits = [provenance.git("rev-parse", f"{name}^{{commit}}") for name in (f"{NAME}@{number}", *assigned)]
         if commits[1:] != commits[:1]:
             api.assign(".", NAME, STAGE, version=number, force=True, **words)
     except Exception as error:  # gto raises its own, its libraries', and git's; the registry is right all the same
@@ -62,20 +62,8 @@ def _snapshot(version: Version) -> str:
     """Commit the tracked files as they are, on no branch; return the commit."""
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        _git("read-tree", "HEAD", **index)
-        _git("add", "--update", "--", ".", **index)
-        tree = _git("write-tree", **index)
+        provenance.git("read-tree", "HEAD", environment=index)
+        provenance.git("add", "--update", "--", ".", environment=index)
+        tree = provenance.git("write-tree", environment=index)
     who = ["-c", f"user.name={AUTHOR}", "-c", f"user.email={EMAIL}"]
-    return _git(*who, "commit-tree", tree, "-p", "HEAD", "-m", f"encoder {version.name}")
-
-
-def _in_repository() -> bool:
-    try:
-        return subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-def _git(*arguments: str, **environment: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, env=os.environ | environment)
-    return done.stdout.rstrip("\n")
+    return provenance.git(*who, "commit-tree", tree, "-p", "HEAD", "-m", f"encoder {version.name}")

@@ -29,7 +29,7 @@ CLASSES = 10  # that examples are shown of
 Positions = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def load(split: str, keys: Iterable[str]) -> dict[str, pictures.Pixels]:
+def load(split: str, keys: Iterable[str]) -> dict[str, images.Pixels]:
     """Decode images of a split by key, in threads.
 
     Raises:

@@ -13,7 +13,7 @@ from barlow.core import files
 from barlow.reporting import charts, pictures
 
 CURVES = files.REPORTS / "pretrain/plots/metrics"  # that pretrain logged
-LOGARITHMIC = ("loss", "on_diagonal", "off_diagonal")  # of these; the others are drawn from 0
+LOGARITHMIC = ("loss", "invariance", "redundancy")  # of these; the others are drawn from 0
 
 
 def write(path: Path, template: str, page: Mapping[str, Any]) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from barlow import summary
-from barlow.evaluation import probe
+from barlow.evaluation import intervals, tables
 from barlow.reporting import charts, pictures
 
 Metrics = Mapping[str, float]
@@ -23,7 +22,7 @@ CLASSES = 15  # best, and as many worst, of the classes where there are more tha
 def settings(metrics: Metrics) -> dict[str, tuple[str, int]]:
     """Return title and labelled images of each few-label setting, and of `linear`, all labels, by rising number."""
     found = {"linear": ("all", int(metrics.get("train_images", 0)))}
-    for name, images in summary.few_labels(metrics).items():
+    for name, images in tables.few_labels(metrics).items():
         kind, _, amount = name.partition("_")
         found[name] = (f"{amount} a class" if kind == "labels" else f"{amount} %", images)
     measured = {name: value for name, value in found.items() if f"{name}_top1" in metrics}
@@ -116,7 +115,7 @@ def by_class(counts: np.ndarray[Any, np.dtype[np.int64]], classes: list[str]) ->
         right, images, predicted = int(counts[i, i]), int(counts[i].sum()), int(counts[:, i].sum())
         if images:
             recall = 100 * right / images
-            low, high = probe.wilson_interval(recall, images)
+            low, high = intervals.wilson_interval(recall, images)
             precision = 100 * right / predicted if predicted else None
             row = {"name": name, "recall": recall, "low": low, "high": high, "precision": precision, "images": images}
             rows.append(row)

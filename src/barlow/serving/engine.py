@@ -21,7 +21,7 @@ from barlow.core.images import TooManyPixelsError, UnknownFormatError, decode
 from barlow.encoder.encoder import Encoder, Pixels, Vectors
 from barlow.serving.limits import Refusal
 from barlow.serving.metrics import Metrics
-from barlow.settings.flags import Settings
+from barlow.settings.flags import Flags
 
 MAX_SIDE = 2**16  # pixels, what JPEG can have; the resize inside the network fails on sides of millions
 logger = logging.getLogger("uvicorn.error")
@@ -64,7 +64,7 @@ class Job:
 class Engine:
     """An encoder with its queue and threads. `submit` belongs to the event loop's thread."""
 
-    def __init__(self, encoder: Encoder, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, encoder: Encoder, settings: Flags, metrics: Metrics) -> None:
         self.encoder = encoder
         self._settings, self._metrics = settings, metrics
         self._queue: deque[tuple[Job, int]] = deque()

@@ -17,7 +17,7 @@ from barlow.serving import forms, schemas
 from barlow.serving.engine import Answer, Failure
 from barlow.serving.limits import Refusal
 from barlow.serving.live import Live, Served
-from barlow.settings.flags import Settings
+from barlow.settings.flags import Flags
 
 MAP_POINTS = 3000
 NO_INDEX = "there is no index for this encoder: run `barlow index`"
@@ -173,8 +173,8 @@ def _served(request: Request) -> Served:
     return live.current
 
 
-def _settings(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
+def _settings(request: Request) -> Flags:
+    settings: Flags = request.app.state.settings
     return settings
 
 

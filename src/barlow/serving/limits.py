@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from barlow.serving.metrics import Metrics
-from barlow.settings.flags import Settings
+from barlow.settings.flags import Flags
 
 logger = logging.getLogger("uvicorn.error")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -40,7 +40,7 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, metrics: Metrics, token: str | None, direct: Mapping[str, Handler]
+        self, app: ASGIApp, settings: Flags, metrics: Metrics, token: str | None, direct: Mapping[str, Handler]
     ) -> None:
         self._app, self._settings, self._metrics, self._direct = app, settings, metrics, direct
         self._token = token.encode() if token else None

@@ -19,7 +19,7 @@ from barlow.encoder.registry import Version
 from barlow.encoder.search import Index
 from barlow.serving.engine import Engine
 from barlow.serving.metrics import Metrics
-from barlow.settings.flags import Settings
+from barlow.settings.flags import Flags
 
 POLL_SECONDS = 1.0
 logger = logging.getLogger("uvicorn.error")
@@ -29,7 +29,7 @@ Seen = tuple[str, int, int, int]
 class Served:
     """A model that passed its checks, with its queue and, if there is one of its space, an index."""
 
-    def __init__(self, path: Path, folder: Path, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, path: Path, folder: Path, settings: Flags, metrics: Metrics) -> None:
         """Load, check and warm up.
 
         Raises:
@@ -68,7 +68,7 @@ class Served:
 class Live:
     """Watches a file, which may be a link (a registry's production/encoder.onnx), and its index."""
 
-    def __init__(self, path: Path, index: Path, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, path: Path, index: Path, settings: Flags, metrics: Metrics) -> None:
         """Load the model; raises UserError where it cannot be used."""
         self._path, self._folder, self._settings, self._metrics = path, index, settings, metrics
         self._seen = signature(path)

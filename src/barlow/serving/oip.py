@@ -17,7 +17,7 @@ import orjson
 
 from barlow.encoder.encoder import Encoder, Pixels, Vectors
 from barlow.serving.limits import Refusal
-from barlow.settings.flags import Settings
+from barlow.settings.flags import Flags
 
 HEADER = "Inference-Header-Content-Length"
 INPUT = "images"
@@ -48,7 +48,7 @@ def metadata(encoder: Encoder, version: str) -> dict[str, Any]:
     }
 
 
-def parse(body: bytes, header: str | None, known: Sequence[str], settings: Settings) -> Request:
+def parse(body: bytes, header: str | None, known: Sequence[str], settings: Flags) -> Request:
     """Read a request body; `header` is the value of HEADER, `known` are the outputs there are.
 
     Raises:
@@ -89,7 +89,7 @@ def parse(body: bytes, header: str | None, known: Sequence[str], settings: Setti
     return Request(name, images, chosen)
 
 
-def _images(tensor: dict[str, Any], binary: memoryview, settings: Settings) -> Pixels:
+def _images(tensor: dict[str, Any], binary: memoryview, settings: Flags) -> Pixels:
     """Return the one input as an array."""
     shape = tensor.get("shape")
     if tensor.get("name") != INPUT or tensor.get("datatype") != "UINT8":

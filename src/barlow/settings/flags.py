@@ -12,7 +12,7 @@ def _setting(default: int, text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Flags:
     """The flags of `barlow serve`, all of them whole numbers of at least 1 but for the delay."""
 
     max_batch_size: int = _setting(32, "images that go through the network together")

@@ -7,17 +7,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from barlow.core.errors import UserError
-from barlow.settings.strict import Range, build, read_yaml
+from barlow.settings.strict import Above0, Count, Fraction, NonNegative, Positive, Range, Share, build, read_yaml
 
 PARAMS = Path("params.yaml")
-
-
-Count = Annotated[int, Range(0)]
-Positive = Annotated[int, Range(1)]
-Fraction = Annotated[float, Range(0, 1)]
-Share = Annotated[float, Range(1e-6, 0.999)]
-NonNegative = Annotated[float, Range(0)]
-Above0 = Annotated[float, Range(1e-12)]
 FractionPair = tuple[Fraction, Fraction]
 PositivePair = tuple[Above0, Above0]
 Ablation = Literal["normalisation", "invariance", "stop-gradient"]
@@ -37,7 +29,7 @@ class Synthetic:
 
 
 @dataclass(frozen=True)
-class Data:
+class Ingest:
     """The `ingest` stage."""
 
     source: str
@@ -220,7 +212,7 @@ class Drift:
 class Params:
     """The whole of `params.yaml`."""
 
-    data: Data
+    ingest: Ingest
     validate: Validate
     shard: Shard
     views: Views
@@ -250,7 +242,9 @@ def load(path: Path | str = PARAMS) -> Params:
     }.items():
         if low > high:
             raise UserError(f"{path}: {key}=[{low}, {high}] is not in ascending order; write [{high}, {low}]")
-    if params.data.val_fraction + params.data.test_fraction >= 1:
-        total = params.data.val_fraction + params.data.test_fraction
-        raise UserError(f"{path}: data.val_fraction + data.test_fraction is {total:g}; leave some images to train on")
+    if params.ingest.val_fraction + params.ingest.test_fraction >= 1:
+        total = params.ingest.val_fraction + params.ingest.test_fraction
+        raise UserError(
+            f"{path}: ingest.val_fraction + ingest.test_fraction is {total:g}; leave some images to train on"
+        )
     return params

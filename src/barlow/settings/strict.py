@@ -29,6 +29,14 @@ class Range:
         return f"from {self.low:g} to {self.high:g}"
 
 
+Count = Annotated[int, Range(0)]
+Positive = Annotated[int, Range(1)]
+Fraction = Annotated[float, Range(0, 1)]
+Share = Annotated[float, Range(1e-6, 0.999)]
+NonNegative = Annotated[float, Range(0)]
+Above0 = Annotated[float, Range(1e-12)]
+
+
 def read_yaml(path: Path | str) -> Any:
     """Parse a YAML file; a missing or malformed one is a UserError that names it."""
     try:

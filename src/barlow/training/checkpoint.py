@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from barlow.core.errors import UserError
-from barlow.training import model
+from barlow.core.weights import load_metadata, load_weights, save_weights
 
 FOLDER = Path("models/resume")
 KEPT = 2
@@ -39,7 +39,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str
     """
     path = folder / f"step-{step:09d}.safetensors"
     try:
-        model.save_weights(path, tensors, metadata | {"step": step})
+        save_weights(path, tensors, metadata | {"step": step})
     except OSError as error:
         needed = sum(tensor.nbytes for tensor in tensors.values())
         raise UserError(
@@ -94,7 +94,7 @@ def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return (tensors, metadata) of a run's newest whole checkpoint, None if there is none; warns of damaged ones."""
     for path in _newest_first(folder):
         try:
-            tensors, metadata = model.load_weights(path)
+            tensors, metadata = load_weights(path)
             metadata["step"] += 0  # a file of somebody else's has none
         except DAMAGED as error:
             print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
@@ -107,7 +107,7 @@ def others(folder: Path, identity: Mapping[str, Any]) -> Iterator[str]:
     """Say of each other run that has checkpoints what would go on with it, and what would delete it."""
     for other in sorted({path.parent for path in folder.parent.glob("*/step-*.safetensors")} - {folder}):
         try:
-            theirs = model.load_metadata(_newest_first(other)[0])["identity"]
+            theirs = load_metadata(_newest_first(other)[0])["identity"]
         except DAMAGED:
             yield f"{other} has a damaged checkpoint of another run; delete the folder"
             continue

@@ -22,8 +22,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from barlow.core import files
 from barlow.core.errors import Interrupted, UserError
 
-Group = dist.ProcessGroup | None
-
 
 def start(device: str) -> torch.device:
     """Join the processes that torchrun started, if it did, and return this one's device (`device`: cpu, cuda, auto).
@@ -129,42 +127,42 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size(group: Group = None) -> int:
+def world_size() -> int:
     """Return the number of processes."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class _Sum(torch.autograd.Function):
     """Sum over processes; backward, the sum of their gradients, which need not travel if all have the same."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, replicated: bool) -> Tensor:
-        ctx.group, ctx.replicated = group, replicated
+    def forward(ctx: Any, x: Tensor, replicated: bool) -> Tensor:
+        ctx.replicated = replicated
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
+        dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         if ctx.replicated:
-            return gradient * world_size(ctx.group), None, None
-        return _Sum.apply(gradient, ctx.group, False), None, None
+            return gradient * world_size(), None
+        return _Sum.apply(gradient, False), None
 
 
-def all_reduce(x: Tensor, group: Group = None, *, replicated: bool = False) -> Tensor:
+def all_reduce(x: Tensor, *, replicated: bool = False) -> Tensor:
     """Return the sum of `x` over the processes, differentiably.
 
     `replicated` says that each process computes the same from the sum; its gradient is then the same everywhere.
     """
-    return x if world_size(group) == 1 else _Sum.apply(x, group, replicated)
+    return x if world_size() == 1 else _Sum.apply(x, replicated)
 
 
-def all_gather(x: Tensor, group: Group = None) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
     """Return every process's `x`, of one shape (n, ...), in rank order, (world_size * n, ...); not differentiable."""
-    if world_size(group) == 1:
+    if world_size() == 1:
         return x
-    whole = x.new_empty(world_size(group) * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    whole = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous())
     return whole
 
 
@@ -184,17 +182,17 @@ def broadcast(x: Tensor) -> None:
         x.copy_(whole)
 
 
-def require_equal(value: int, what: str, device: torch.device, group: Group = None) -> None:
+def require_equal(value: int, what: str, device: torch.device) -> None:
     """Check that the processes have the same `value`; on a GPU without waiting for the answer.
 
     Raises:
         ValueError: they have not. On a GPU it is CUDA that reports a failed assertion, a little later.
     """
-    if world_size(group) == 1:
+    if world_size() == 1:
         return
     bounds = torch.full((2,), float(value), device=device)
     bounds[1] *= -1
-    dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
+    dist.all_reduce(bounds, dist.ReduceOp.MAX)
     if device.type == "cuda":
         torch._assert_async(bounds[0] == -bounds[1], f"{what} is not the same on all processes")
     elif bounds[0] != -bounds[1]:

@@ -24,45 +24,45 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from barlow.settings.params import Ablation
 from barlow.training import distributed
-from barlow.training.distributed import Group
 
 EPSILON = 1e-5  # under the square root, as batch norm has it
 WIDE = 256  # D / N above which float32 does not do
 
 
 class BarlowTwinsLoss(NamedTuple):
-    """`total` = `on_diagonal` + lambda * `off_diagonal`, scalars; the two terms are equation 1's sums."""
+    """`total` = `invariance` + lambda * `redundancy`, scalars; the two terms are equation 1's sums."""
 
     total: Float[Tensor, ""]
-    on_diagonal: Float[Tensor, ""]
-    off_diagonal: Float[Tensor, ""]
+    invariance: Float[Tensor, ""]
+    redundancy: Float[Tensor, ""]
 
 
 def barlow_twins_loss(
-    z_a: Float[Tensor, "batch dim"], z_b: Float[Tensor, "batch dim"], lambd: float, group: Group = None
+    z_a: Float[Tensor, "batch dim"], z_b: Float[Tensor, "batch dim"], lambd: float
 ) -> BarlowTwinsLoss:
     """Compute the loss of two views' embeddings (batch, dim), in float32 or better whatever autocast says.
 
-    Where torch.distributed is initialised the batch is that of all processes of `group`, and after the mean over
+    Where torch.distributed is initialised the batch is that of all processes, and after the mean over
     processes that DistributedDataParallel takes, the gradient does not depend on how the batch was split.
 
     Raises:
         ValueError: the shapes differ, the batches of two processes differ, or the global batch has fewer than two
             samples.
     """
-    n, dim = batch(z_a, z_b, group)
+    n, dim = batch(z_a, z_b)
     with torch.autocast(z_a.device.type, enabled=False):
-        on_diagonal, off_diagonal = _Terms.apply(wide(z_a, n), wide(z_b, n), form(n, dim) == "dual", group)
-        return BarlowTwinsLoss(on_diagonal + lambd * off_diagonal, on_diagonal, off_diagonal)
+        invariance, redundancy = _Terms.apply(wide(z_a, n), wide(z_b, n), form(n, dim) == "dual")
+        return BarlowTwinsLoss(invariance + lambd * redundancy, invariance, redundancy)
 
 
-def batch(z_a: Tensor, z_b: Tensor, group: Group = None) -> tuple[int, int]:
+def batch(z_a: Tensor, z_b: Tensor) -> tuple[int, int]:
     """Return the size of the global batch and the dimension; raises as `barlow_twins_loss` does."""
     if z_a.ndim != 2 or z_a.shape != z_b.shape:
         raise ValueError(f"z_a is {tuple(z_a.shape)} and z_b {tuple(z_b.shape)}; both must be (batch, dim)")
-    distributed.require_equal(len(z_a), "the batch size", z_a.device, group)
-    n = len(z_a) * distributed.world_size(group)
+    distributed.require_equal(len(z_a), "the batch size", z_a.device)
+    n = len(z_a) * distributed.world_size()
     if n < 2:
         raise ValueError(f"the batch has {n} sample; normalisation over the batch needs at least 2")
     return n, z_a.shape[1]
@@ -80,12 +80,12 @@ def cross_correlation(z_a: Float[Tensor, "batch dim"], z_b: Float[Tensor, "batch
     return distributed.all_reduce(a.T @ b) / n
 
 
-def normalise(z_a: Tensor, z_b: Tensor, n: int, group: Group = None) -> tuple[Tensor, Tensor, Tensor]:
+def normalise(z_a: Tensor, z_b: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (z - mean) * s of both views and s (2, dim) = 1 / sqrt(biased variance + 1e-5), over a global batch."""
-    means = distributed.all_reduce(torch.stack([z_a.sum(0), z_b.sum(0)]), group) / n
+    means = distributed.all_reduce(torch.stack([z_a.sum(0), z_b.sum(0)])) / n
     z_a, z_b = z_a - means[0], z_b - means[1]
     squares = torch.stack([z.square().sum(0) for z in (z_a, z_b)])  # a sum in pairs, unlike a norm's
-    scales = (distributed.all_reduce(squares, group) / n + EPSILON).rsqrt()
+    scales = (distributed.all_reduce(squares) / n + EPSILON).rsqrt()
     return z_a.mul_(scales[0]), z_b.mul_(scales[1]), scales
 
 
@@ -96,30 +96,32 @@ class _Terms(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, z_a: Tensor, z_b: Tensor, dual: bool, group: Group) -> tuple[Tensor, Tensor]:
-        n = len(z_a) * distributed.world_size(group)
-        a, b, scales = normalise(z_a, z_b, n, group)
-        ctx.n, ctx.dual, ctx.group = n, dual, group
+    def forward(ctx: Any, z_a: Tensor, z_b: Tensor, dual: bool) -> tuple[Tensor, Tensor]:
+        n = len(z_a) * distributed.world_size()
+        a, b, scales = normalise(z_a, z_b, n)
+        ctx.n, ctx.dual = n, dual
         if dual:
-            all_a, all_b = distributed.all_gather(a, group), distributed.all_gather(b, group)
+            all_a, all_b = distributed.all_gather(a), distributed.all_gather(b)
             gram_a, gram_b = a @ all_a.T, b @ all_b.T  # (batch, N)
             sums = torch.cat([(a * b).sum(0), (gram_a * gram_b).sum()[None]])
-            sums = distributed.all_reduce(sums, group)
+            sums = distributed.all_reduce(sums)
             diagonal, frobenius = sums[:-1] / n, sums[-1] / n**2  # (dim,) and ||C||_F^2
             ctx.save_for_backward(a, b, scales, diagonal, gram_a, gram_b, all_a, all_b)
         else:
-            c = distributed.all_reduce(a.T @ b, group) / n  # (dim, dim), equation 2
+            c = distributed.all_reduce(a.T @ b) / n  # (dim, dim), equation 2
             diagonal, frobenius = c.diagonal(), c.square().sum()
             ctx.save_for_backward(a, b, scales, diagonal, c)
         return (1 - diagonal).square().sum(), frobenius - diagonal.square().sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_on: Tensor, d_off: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, d_invariance: Tensor, d_redundancy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         a, b, scales, diagonal, *rest = ctx.saved_tensors
-        n, world = ctx.n, distributed.world_size(ctx.group)  # times world, for the mean over processes
-        on_diagonal = (-2 * world / n) * (d_on * (1 - diagonal) + d_off * diagonal)  # (dim,), what C_ii has besides
-        factor = (2 * world / n) * d_off
+        n, world = ctx.n, distributed.world_size()  # times world, for the mean over processes
+        d_diagonal = (-2 * world / n) * (
+            d_invariance * (1 - diagonal) + d_redundancy * diagonal
+        )  # (dim,), besides b G^T
+        factor = (2 * world / n) * d_redundancy
         gradients: dict[int, Tensor] = {}
         for i in filter(ctx.needs_input_grad.__getitem__, (0, 1)):
             if ctx.dual:
@@ -128,12 +130,12 @@ class _Terms(torch.autograd.Function):
             else:
                 (c,) = rest
                 gradients[i] = (b @ c.T if i == 0 else a @ c).mul_(factor)
-            gradients[i].addcmul_((b, a)[i], on_diagonal)
+            gradients[i].addcmul_((b, a)[i], d_diagonal)
         # mean(dL/da * a), over the global batch
         own = torch.stack([(gradient * (a, b)[i]).sum(0) for i, gradient in gradients.items()])
-        for (i, gradient), mean in zip(gradients.items(), distributed.all_reduce(own, ctx.group) / n, strict=True):
+        for (i, gradient), mean in zip(gradients.items(), distributed.all_reduce(own) / n, strict=True):
             gradient.addcmul_((a, b)[i], mean, value=-1).mul_(scales[i])
-        return gradients.get(0), gradients.get(1), None, None
+        return gradients.get(0), gradients.get(1), None
 
 
 def wide(z: Tensor, n: int) -> Tensor:
@@ -143,3 +145,23 @@ def wide(z: Tensor, n: int) -> Tensor:
     float64 given by the caller stays.
     """
     return z.double() if z.dtype == torch.float64 or z.shape[1] > WIDE * n else z.float()
+
+
+def ablated_loss(
+    z_a: Float[Tensor, "batch dim"],
+    z_b: Float[Tensor, "batch dim"],
+    lambd: float,
+    ablate: Ablation | None,
+) -> BarlowTwinsLoss:
+    """Compute `barlow_twins_loss` without, or with, what `ablate` names.
+
+    Both terms are returned even where only one is minimised.
+    """
+    if ablate == "normalisation":
+        n, _ = batch(z_a, z_b)
+        with torch.autocast(z_a.device.type, enabled=False):
+            c = distributed.all_reduce(wide(z_a, n).T @ wide(z_b, n), replicated=True) / n
+        invariance, redundancy = (1 - c.diagonal()).square().sum(), (c - c.diagonal().diag()).square().sum()
+        return BarlowTwinsLoss(invariance + lambd * redundancy, invariance, redundancy)
+    loss = barlow_twins_loss(z_a, z_b.detach() if ablate == "stop-gradient" else z_b, lambd)
+    return loss._replace(total=lambd * loss.redundancy) if ablate == "invariance" else loss

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import resnet
 
 from barlow.core import files
-from barlow.core.errors import UserError
+from barlow.core.weights import load_weights
 from barlow.settings import params, strict
 from barlow.training import distributed
 
@@ -151,34 +148,13 @@ def computes_bf16(precision: str, device: torch.device) -> bool:
     return native and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write tensors as safetensors with JSON metadata, whole or not at all."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with files.replacing(path) as temporary:
-        temporary.write_bytes(save(contiguous, {"barlow": json.dumps(metadata, sort_keys=True)}))
-
-
-def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_weights` wrote: (tensors, metadata)."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["barlow"])  # noqa: SIM118
-
-
-def load_metadata(path: Path) -> dict[str, Any]:
-    """Read the metadata that `save_weights` wrote, and no tensor."""
-    with safe_open(path, framework="pt") as file:
-        metadata: dict[str, Any] = json.loads(file.metadata()["barlow"])
-    return metadata
-
-
 def load_encoder(path: Path = files.ENCODER) -> tuple[FrozenEncoder, dict[str, Any]]:
     """Rebuild the frozen encoder from its weights alone; the metadata carries `model` and `views`.
 
     Raises:
         UserError: there are none.
     """
-    if not path.exists():
-        raise UserError(f"{path} is missing; run `barlow pretrain` first")
+    files.require(path, "pretrain")
     tensors, metadata = load_weights(path)
     model = strict.build(params.Model, metadata["model"], str(path), "model")
     views = strict.build(params.Views, metadata["views"], str(path), "views")

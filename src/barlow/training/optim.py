@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,3 +83,14 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, updates)
         torch._foreach_add_(weights, buffers, alpha=-group["lr"])
+
+
+def warmup_cosine(step: int, total_steps: int, warmup_steps: int, base: float, final: float) -> float:
+    """Return the learning rate of `step`, counted from 0.
+
+    It rises from 0 at step 0 to `base` at `warmup_steps` and falls to `final` at `total_steps`, one past the last.
+    """
+    if step < warmup_steps:
+        return base * step / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * progress))

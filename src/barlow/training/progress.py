@@ -121,6 +121,6 @@ def describe(row: Mapping[str, float]) -> str:
     """Put figures into a line."""
     knn = f"  kNN on val {row['knn_val_top1']:.1f} %" if "knn_val_top1" in row else ""
     return (
-        f"loss {row['loss']:.1f}  on-diagonal {row['on_diagonal']:.4f}  off-diagonal {row['off_diagonal']:.6f}  "
+        f"loss {row['loss']:.1f}  invariance {row['invariance']:.4f}  redundancy {row['redundancy']:.6f}  "
         f"lr {row['lr']:.4f}  {row['samples_per_second']:.0f} images/s  data wait {row['data_wait']:.1%}{knn}"
     )

@@ -19,12 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from barlow.core import files, provenance, webdataset
 from barlow.core.errors import UserError
-from barlow.evaluation import probe
 from barlow.settings.params import Params
-from barlow.training import checkpoint, distributed, model
+from barlow.training import checkpoint, distributed, health, model
 from barlow.training.loss import BarlowTwinsLoss, cross_correlation
-from barlow.training.optim import LARS
-from barlow.training.schedule import warmup_cosine
+from barlow.training.optim import LARS, warmup_cosine
 from barlow.training.views import TwinViews
 
 CORNER = 128  # dimensions of C that are kept for the report
@@ -136,16 +134,16 @@ class Training:
 
     def figures(self, terms: Iterable[Tensor]) -> dict[str, float]:
         """Return what tells how it goes: per entry of C, the two terms of a loss tell more than the loss does."""
-        total, on_diagonal, off_diagonal = (float(term.detach()) for term in terms)
+        total, invariance, redundancy = (float(term.detach()) for term in terms)
         dim = self.network.dim
-        row = {"loss": total, "on_diagonal": on_diagonal / dim, "off_diagonal": off_diagonal / max(dim * (dim - 1), 1)}
+        row = {"loss": total, "invariance": invariance / dim, "redundancy": redundancy / max(dim * (dim - 1), 1)}
         return row | {"lr": self.optimizer.param_groups[0]["lr"]}
 
     def end_epoch(self, z: Tensor, measured: dict[str, float]) -> dict[str, float]:
         """Return the epoch's means and what was measured besides, and start the next; `z` are its last embeddings."""
         self.check_finite()
         row = self.figures(self.sums / self.epoch_steps)
-        row["std"] = probe.spread(distributed.all_gather(z.detach().float()))  # of the global batch
+        row["std"] = health.spread(distributed.all_gather(z.detach().float()))  # of the global batch
         row |= {"weight_norm": float(norm(self.weights + self.biases)), "gradient_norm": float(self.gradient_norm)}
         self.sums.zero_()
         self.history.append(row | measured)
@@ -197,7 +195,7 @@ class Training:
 
 def collapse(row: dict[str, float], min_std: float, max_correlation: float) -> dict[str, str]:
     """Say in what way embeddings are degenerate, by the name of the bound, and what usually makes them so."""
-    found, correlation = {}, row["off_diagonal"] ** 0.5
+    found, correlation = {}, row["redundancy"] ** 0.5
     if row["std"] < min_std:
         found["min_std"] = (
             f"the embeddings are collapsing: their standard deviation is {row['std']:.3f} of an even spread's, below "

@@ -1,0 +1,65 @@
+import io
+import os
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from barlow import scan
+from barlow.core import files
+from barlow.core.errors import UserError
+from barlow.data import facts
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(facts, "CHUNK", 1000)  # in this process
+
+
+def picture(seed, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def fill(root, seeds, *folders):
+    for folder in folders or ("cat", "dog"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for seed in seeds:
+            (root / folder / f"{seed}.png").write_bytes(picture(zlib.crc32(f"{folder}{seed}".encode())))
+    return root
+
+
+def test_scan_changes_only_with_the_files(tmp_path, smoke, change):
+    photos = fill(tmp_path / "photos", range(2))
+
+    def scanned(source):
+        scan.run(change(smoke, "ingest", source=str(source)))
+        return scan.SOURCE.stat().st_ino, files.read_json(scan.SOURCE)
+
+    inode, first = scanned(photos)
+    assert scanned(photos) == (inode, first)  # not even written again
+    assert (first["source"], first["files"]) == (str(photos), 4)
+    assert first["bytes"] == sum(path.stat().st_size for path in photos.rglob("*.png"))
+    os.utime(photos / "cat/0.png", ns=(1, 1))
+    _, touched = scanned(photos)
+    assert touched["listing_sha256"] != first["listing_sha256"]
+    (photos / "cat/0.png").rename(photos / "cat/renamed.png")
+    assert scanned(photos)[1]["listing_sha256"] not in (first["listing_sha256"], touched["listing_sha256"])
+    assert scanned("synthetic")[1] == {"source": "synthetic"}
+    assert scanned("torchvision:CIFAR10")[1] == {"source": "torchvision:CIFAR10"}
+    with pytest.raises(UserError, match="is no source"):
+        scanned("nowhere")
+
+
+def test_scan_sees_a_changed_label_in_a_list(tmp_path, smoke, change):
+    fill(tmp_path, range(1))
+    params = change(smoke, "ingest", source="list.csv")
+    (tmp_path / "list.csv").write_text("path,label\ncat/0.png,cat\n")
+    scan.run(params)
+    before = files.read_json(scan.SOURCE)
+    (tmp_path / "list.csv").write_text("path,label\ncat/0.png,dog\n")
+    scan.run(params)
+    assert files.read_json(scan.SOURCE) != before
