@@ -1,7 +1,4 @@
-"""The schema of params.yaml: one frozen dataclass per section, built and checked by `strict`.
-
-What each key does is said once, in the comments of params.yaml.
-"""
+"""The schema of params.yaml, one frozen dataclass per section. The comments of params.yaml say what each key does."""
 
 from __future__ import annotations
 
