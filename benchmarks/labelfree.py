@@ -47,7 +47,7 @@ def settings(folder: Path) -> params.Params:
     views = replace(built.views, crop_area=(0.2, 1.0), grayscale=0.2, blur=(0.0, 0.0))
     return replace(
         built,
-        data=replace(built.data, source=str(folder)),
+        ingest=replace(built.ingest, source=str(folder)),
         validate=replace(built.validate, max_duplicate_fraction=0.1),
         views=views,
         pretrain=replace(built.pretrain, epochs=max(EPOCHS)),
