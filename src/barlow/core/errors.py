@@ -13,8 +13,8 @@ class DataError(Exception):
     exit_code = 3
 
 
-class Refused(Exception):
-    """The gate does not let an encoder into production; the message has what failed, with figure and bound."""
+class GateError(Exception):
+    """The gate does not let an encoder into production; the message names each failed check, its figure and bound."""
 
     exit_code = 4
 
