@@ -27,10 +27,10 @@ from pyarrow import parquet
 
 from barlow.core import files
 from barlow.core.errors import UserError
-from barlow.encoder.encoder import Encoder, Pixels, Vectors
+from barlow.encoder.encoder import Encoder, Pixels, Vectors, unit
 from barlow.encoder.reading import find, read_ahead
 from barlow.encoder.registry import Registry, Version
-from barlow.production.two_sample import FOLDS, auc, auc_interval, cross_fitted_scores, mmd_test, unit, whitened
+from barlow.production.two_sample import FOLDS, auc, auc_interval, cross_fitted_scores, mmd_test, whitened
 from barlow.settings.params import Drift, Params
 
 PERMUTATIONS = 500
@@ -68,7 +68,7 @@ def run(params: Params, recent: str | None = None) -> None:
     result |= {"breaches": last.get("breaches", 0), "evidence": last.get("evidence")}
     if len(embeddings) >= p.min_images:
         result["evidence"] = hashlib.sha256(embeddings.tobytes()).hexdigest()[:16]
-        x, y = unit(reference), unit(embeddings)
+        x, y = (unit(rows.astype(np.float64)) for rows in (reference, embeddings))
         scores = cross_fitted_scores(x, y, rng)
         result["auc"] = auc(*scores)
         result["auc_low"], result["auc_high"] = auc_interval(*scores, rng)

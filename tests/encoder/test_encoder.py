@@ -158,6 +158,16 @@ def test_top1():
     np.testing.assert_allclose(probabilities, [0.5, 0.6], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-15)])
+def test_unit_keeps_the_precision(dtype, tolerance):
+    rows = np.array([[3, 4], [0, 0], [-1e-3, 0], [1e9, 1e9]], dtype)
+    before, units = rows.copy(), encoder.unit(rows)
+    assert units.dtype == dtype
+    np.testing.assert_allclose(units, [[0.6, 0.8], [0, 0], [-1, 0], [0.5**0.5, 0.5**0.5]], atol=tolerance)
+    np.testing.assert_array_equal(rows, before)
+    assert encoder.unit(rows[:0]).shape == (0, 2)
+
+
 @pytest.mark.parametrize("scale", [1, 100, 1e30])
 def test_softmax(scale):
     logits = (scale * RNG.normal(size=(7, 5))).astype(np.float32)

@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime
@@ -19,6 +19,7 @@ from barlow.core.images import decode, to_rgb
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3)
 Vectors = np.ndarray[Any, np.dtype[np.float32]]  # (n, dim) or (n, classes)
+Float = TypeVar("Float", np.float32, np.float64)
 
 MAX_PIXELS = 100_000_000  # of a file that is decoded here
 LARGE = 2_000_000  # pixels of a batch after which onnxruntime gives its memory back; it would keep it for ever
@@ -136,6 +137,12 @@ def batches(pixels: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:
         batch.append(image)
     if batch:
         yield batch
+
+
+def unit(rows: np.ndarray[Any, np.dtype[Float]]) -> np.ndarray[Any, np.dtype[Float]]:
+    """Return the rows (n, dim) scaled to length 1, in their own precision; a row of zeros stays one."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return (rows / np.where(norms > 0, norms, 1)).astype(rows.dtype, copy=False)
 
 
 def softmax(logits: Vectors) -> Vectors:

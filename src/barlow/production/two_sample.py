@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from barlow.encoder.encoder import Vectors
 from barlow.evaluation.probe import fit_linear
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -16,13 +15,6 @@ FOLDS = 5
 L2 = 1.0  # of the classifier, on standardised embeddings; of 0.001 to 1 it found most shifts at 100 to 1000 images
 RESAMPLES = 1000  # of the bootstrap
 RIDGE = 0.1
-
-
-def unit(rows: Vectors) -> Array:
-    """Return the rows (n, dim) at length 1; a row of zeros stays one."""
-    wide: Array = rows.astype(np.float64)
-    wide /= np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
-    return wide
 
 
 def whitened(x: Array, y: Array) -> tuple[Array, Array]:
