@@ -1,3 +1,4 @@
+import json
 import sys
 
 import numpy as np
@@ -11,7 +12,8 @@ from sklearn.neighbors import NearestNeighbors
 from barlow import index
 from barlow.core.errors import UserError
 from barlow.encoder import search
-from barlow.encoder.search import Index
+from barlow.encoder.encoder import unit
+from barlow.encoder.search import Index, Item
 
 RNG = np.random.default_rng(0)
 DIM = 24
@@ -150,8 +152,7 @@ def test_a_picture_for_each_number(build):
 @pytest.fixture
 def few(monkeypatch):
     """More than 100 images are many."""
-    for module in (index, search):
-        monkeypatch.setattr(module, "EXACT", 100)
+    monkeypatch.setattr(search, "EXACT", 100)
 
 
 def test_many_are_searched_in_a_graph(build, few, tmp_path, monkeypatch):
@@ -181,6 +182,62 @@ def test_up_to_the_bound_faiss_is_not_needed(build, few, monkeypatch):
     vectors = random(100)
     (found,), _ = build(vectors).search(embeddings(vectors[42:43]), 1)
     assert found == [42]
+
+
+@pytest.fixture
+def written(tmp_path):
+    """An index of three images, written; returns its path, vectors, thumbnails and samples."""
+    vectors = unit(embeddings(random(3)))
+    thumbnails = [Item("a/1.jpg", "a", b"first"), Item("ä.png", None, b""), Item("b/2.jpg", "b", b"3")]
+    samples = [Item("b/2.jpg", "b", b"the whole file"), Item("c.jpg", None, b"another")]
+    path = tmp_path / "deep/made.npz"
+    search.write(path, "made", vectors, thumbnails, samples, ["/a", "/b c"])
+    return path, vectors, thumbnails, samples
+
+
+def test_what_is_written_is_read(written):
+    path, vectors, thumbnails, samples = written
+    made = Index(path, "made")
+    assert (made.names, made.labels) == (["a/1.jpg", "ä.png", "b/2.jpg"], ["a", None, "b"])
+    assert [made.thumbnail(i) for i in range(3)] == [item.image for item in thumbnails]
+    assert made.samples == samples
+    nearest, similarities = made.search(vectors, 1)
+    np.testing.assert_array_equal(nearest[:, 0], range(3))
+    np.testing.assert_allclose(similarities, 1, atol=1e-6)
+    np.testing.assert_array_equal(made.place(vectors), made.places)
+    assert search.indexed_paths(path) == ["/a", "/b c"]
+
+
+def test_the_file_is_as_the_format_says(written, tmp_path):
+    """An index that was written by hand, in format 1: existing files stay readable, and new ones have their bytes."""
+    path, vectors, _, _ = written
+    about = {"kind": "barlow index 1", "space": "made", "names": ["a/1.jpg", "ä.png", "b/2.jpg"]}
+    about |= {"labels": ["a", None, "b"], "paths": ["/a", "/b c"], "samples": [["b/2.jpg", "b"], ["c.jpg", None]]}
+    with np.load(path) as arrays:
+        places, basis = arrays["places"], arrays["basis"]
+    by_hand = tmp_path / "by hand.npz"
+    np.savez(
+        by_hand,
+        about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+        vectors=vectors,
+        places=places,
+        basis=basis,
+        offsets=np.array([0, 5, 5, 6]),
+        thumbnails=np.frombuffer(b"first3", np.uint8),
+        sample_sizes=np.array([14, 7]),
+        samples=np.frombuffer(b"the whole fileanother", np.uint8),
+    )
+    assert by_hand.read_bytes() == path.read_bytes()
+    assert (places.shape, places.dtype, basis.shape, basis.dtype) == ((3, 2), np.float32, (4, DIM), np.float32)
+    np.testing.assert_allclose(basis[0], vectors.mean(0), atol=1e-6)
+    np.testing.assert_allclose(basis[1:3] @ basis[1:3].T, np.eye(2), atol=1e-5)
+
+
+def test_the_paths_of_a_damaged_index(written):
+    path, *_ = written
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"made\.npz is no whole index .*; remove it, or name the images$"):
+        search.indexed_paths(path)
 
 
 def refused(path, space="copy"):
