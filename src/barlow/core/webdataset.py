@@ -185,10 +185,9 @@ def _sides(tar: Path) -> Path:
 
 
 def _load_sides(tar: Path, count: int) -> Sides:
+    files.require(_sides(tar), "shard")
     try:
         sides: Sides = np.load(_sides(tar), allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{_sides(tar)} is missing; run `barlow shard` again") from None
     except (ValueError, EOFError) as error:
         raise UserError(f"{_sides(tar)} is damaged: {error}; run `barlow shard` again") from None
     if sides.shape != (count, 2) or sides.dtype != np.int32:
@@ -198,10 +197,8 @@ def _load_sides(tar: Path, count: int) -> Sides:
 
 
 def _index_lines(tar: Path) -> list[str]:
-    try:
-        header, *lines = index(tar).read_text().splitlines() or [""]
-    except FileNotFoundError:
-        raise UserError(f"{index(tar)} is missing; run `barlow shard` again") from None
+    files.require(index(tar), "shard")
+    header, *lines = index(tar).read_text().splitlines() or [""]
     if header != f"{VERSION} {len(lines)}":
         raise UserError(f"{index(tar)} is damaged: {len(lines)} samples after {header!r}; run `barlow shard` again")
     return lines

@@ -41,8 +41,7 @@ class Encoder:
         Raises:
             UserError: the file is missing, damaged or was not written by `barlow export`.
         """
-        if not Path(path).is_file():
-            raise UserError(f"{path} is missing; run `barlow export`, or name another file with --model")
+        files.require(path, "export", ", or name another file with --model")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or files.cpus()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it takes the other processes' time

@@ -89,9 +89,9 @@ def indexed_paths(path: Path) -> list[str]:
     """Return the files and folders that an index was made of; none where it was the training images.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is damaged.
     """
-    with _open(path, "; remove it, or name the images") as (about, _):
+    with _open(path, "remove it, or name the images") as (about, _):
         paths: list[str] = about["paths"]
     return paths
 
@@ -102,12 +102,10 @@ def _open(path: Path, remedy: str) -> Iterator[tuple[dict[str, Any], Mapping[str
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             yield json.loads(arrays["about"].tobytes()), arrays
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing{remedy}") from None
     except UserError:
         raise
     except Exception as error:  # numpy, zipfile, zlib and json each raise their own
-        raise UserError(f"{path} is no whole index ({error!r:.100}){remedy}") from None
+        raise UserError(f"{path} is no whole index ({error!r:.100}); {remedy}") from None
 
 
 class Index:
@@ -125,12 +123,14 @@ class Index:
         Raises:
             UserError: the file is missing, damaged or of another space.
         """
-        remedy = "; run `barlow index` for the model that is served"
+        served = " for the model that is served"
+        files.require(path, "index", served)
+        remedy = f"run `barlow index`{served}"
         with _open(path, remedy) as (about, arrays):
             if about["kind"] != KIND:
                 raise ValueError(f"{about['kind']}, not {KIND}")
             if about["space"] != space:
-                raise UserError(f"{path} is of embedding space {about['space']}, not {space}{remedy}")
+                raise UserError(f"{path} is of embedding space {about['space']}, not {space}; {remedy}")
             self._vectors = arrays["vectors"]
             self._offsets = arrays["offsets"]
             self._thumbnails: bytes = arrays["thumbnails"].tobytes()
