@@ -8,7 +8,6 @@ message, or Cancelled where another run works in the same folder.
 from __future__ import annotations
 
 import fcntl
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from prefect.events import emit_event
 from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import exponential_backoff
 
-from barlow.core import provenance
+from barlow.core import files, provenance
 from flows import pages
 from flows.process import StepFailed, require, run
 
@@ -91,10 +90,10 @@ def retrain(
                     # `--allow-missing`, what is nowhere is made again.
                     pull = ["--pull"] if remote and rows else []
                     rows.append(pages.row(do(stage, "dvc", "repro", "--single-item", *pull, stage)))
-                if any(Path("models/index").glob("*.npz")):  # a service searches: it shall not pause at the promotion
+                if any(files.INDEX.glob("*.npz")):  # a service searches: it shall not pause at the promotion
                     do("index", "barlow", "index", "--keep")
                 do("promote", "barlow", "promote", fine=(0, REFUSED))
-                decision = json.loads(Path("models/decision.json").read_text())
+                decision = files.read_json(files.DECISION)
                 payload = {key: decision[key] for key in ("production", "champion", "reason", "space", "sha256")}
                 announce(f"encoder.{decision['decision']}", payload)
                 if remote and push:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -11,6 +9,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
+from barlow.core import files
 from flows.process import StepFailed
 from flows.retrain import announce, step
 
@@ -27,12 +26,12 @@ def watch(recent: str | None = None, minutes: float = 30) -> State[Any]:
         step.with_options(name="drift")("drift", ["barlow", "drift", *([recent] if recent else [])], minutes)
     except StepFailed as error:
         return Failed(message=str(error))
-    found = json.loads(Path("models/drift.json").read_text())
-    shown = [{"figure": key, "value": found[key]} for key in sorted(found)]
-    create_table_artifact(key="drift", table=shown, description=found["verdict"])
-    if found["drifted"]:
-        announce("encoder.drift", found)
-    return Completed(name="Drift" if found["drifted"] else "Completed", message=found["verdict"])
+    result = files.read_json(files.DRIFT)
+    figures = [{"figure": key, "value": result[key]} for key in sorted(result)]
+    create_table_artifact(key="drift", table=figures, description=result["verdict"])
+    if result["drifted"]:
+        announce("encoder.drift", result)
+    return Completed(name="Drift" if result["drifted"] else "Completed", message=result["verdict"])
 
 
 if __name__ == "__main__":
