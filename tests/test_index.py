@@ -10,7 +10,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from barlow import cli, index
-from barlow.core import files, webdataset
+from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
 from barlow.core.images import decode
 from barlow.encoder.encoder import Encoder
@@ -26,9 +26,7 @@ def model(tmp_path, mean_onnx):
 
 
 def encode(pixels, kind="PNG", **options):
-    buffer = io.BytesIO()
-    Image.fromarray(np.asarray(pixels, np.uint8)).save(buffer, kind, **options)
-    return buffer.getvalue()
+    return images.encode(Image.fromarray(np.asarray(pixels, np.uint8)), kind, **options)
 
 
 def plain(colour, size=(4, 6)):

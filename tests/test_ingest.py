@@ -1,4 +1,3 @@
-import io
 import os
 import platform
 import re
@@ -11,7 +10,7 @@ import pytest
 from PIL import Image
 
 from barlow import ingest, scan
-from barlow.core import files
+from barlow.core import files, images
 from barlow.core.errors import Interrupted, UserError
 from barlow.data import facts, manifest
 
@@ -34,9 +33,8 @@ def read(smoke, change):
 
 
 def picture(seed, kind="PNG"):
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    return images.encode(Image.fromarray(noise), kind)
 
 
 def fill(root, seeds, *folders):

@@ -1,4 +1,3 @@
-import io
 import os
 import zlib
 
@@ -7,7 +6,7 @@ import pytest
 from PIL import Image
 
 from barlow import scan
-from barlow.core import files
+from barlow.core import files, images
 from barlow.core.errors import UserError
 from barlow.data import facts
 
@@ -19,9 +18,8 @@ def inside(tmp_path, monkeypatch):
 
 
 def picture(seed, kind="PNG"):
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    return images.encode(Image.fromarray(noise), kind)
 
 
 def fill(root, seeds, *folders):

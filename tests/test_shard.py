@@ -11,18 +11,13 @@ from PIL.PngImagePlugin import PngInfo
 from barlow import ingest, shard
 from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
+from barlow.core.images import encode
 from barlow.data import manifest
 
 
 def picture(seed=0, width=57, height=41, mode="RGB"):
     pixels = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-
-
-def encode(image, form, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 def source(data, path="x", split="pretrain", label=-1):

@@ -252,3 +252,21 @@ def test_other_warnings_stay_on():
     images.decode(JPEG)
     with pytest.warns(UserWarning, match="mine"):
         warnings.warn("mine", UserWarning, stacklevel=1)
+
+
+def test_encoding_is_undone_by_pillow():
+    png = Image.open(io.BytesIO(images.encode(Image.fromarray(RGB), "PNG")))
+    assert png.format == "PNG"
+    np.testing.assert_array_equal(np.asarray(png), RGB)
+    noise = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    small, large = (len(images.encode(noise, "JPEG", quality=quality)) for quality in (20, 95))
+    assert small < large
+
+
+@pytest.mark.parametrize(("size", "wanted"), [((300, 60), (50, 10)), ((60, 300), (10, 50)), ((50, 20), (50, 20))])
+def test_a_thumbnail_is_a_jpeg_that_is_never_enlarged(size, wanted):
+    width, height = size
+    pixels = np.broadcast_to(np.array([200, 90, 10], np.uint8), (height, width, 3))
+    thumbnail = Image.open(io.BytesIO(images.jpeg(pixels, 50)))
+    assert (thumbnail.format, thumbnail.size) == ("JPEG", wanted)
+    assert np.abs(np.asarray(thumbnail).astype(int) - [200, 90, 10]).max() <= 2

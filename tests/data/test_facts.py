@@ -1,4 +1,3 @@
-import io
 import os
 import subprocess
 import sys
@@ -8,15 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from barlow.core import files
+from barlow.core import files, images
 from barlow.core.errors import UserError
 from barlow.data import facts
 
 
 def picture():
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 9)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return images.encode(Image.new("RGB", (8, 9)), "PNG")
 
 
 def test_facts_of_one_image(tmp_path):
