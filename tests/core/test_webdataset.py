@@ -54,7 +54,7 @@ def test_samples_of_more_tars_than_are_kept_open(three_tars, monkeypatch):
     monkeypatch.setattr(webdataset, "OPEN_TARS", 1)
     samples = webdataset.Samples(three_tars)
     for _ in range(3):
-        samples.ask(np.array([6, 1, 5]))
+        samples.prefetch(np.array([6, 1, 5]))
         held = samples.read(np.array([6, 1, 5, 0]))
         assert [data.tobytes() for data in held] == [SAMPLES[i].data for i in (6, 1, 5, 0)]
 
