@@ -56,7 +56,7 @@ def test_stopping_drops_what_waits(tmp_path):
 
 
 def test_killed_process_is_one_clear_line():
-    with pytest.raises(UserError, match=r"was killed, most likely for want of memory; lower ingest.max_pixels"):
+    with pytest.raises(UserError, match=r"was killed, most likely for lack of memory; lower ingest.max_pixels"):
         list(facts._map(os._exit, [1, 2]))
 
 
