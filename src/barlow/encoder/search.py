@@ -3,9 +3,9 @@
 An index is one .npz file per embedding space. Its arrays, for n images:
 
 about         JSON as bytes: kind, space, names, labels, paths and samples (pairs of name and label)
-vectors       the embeddings at length 1, float32 (n, dim); of more than EXACT images, a faiss graph as bytes
-places        on the map, float32 (n, 2)
-basis         of `project`, float32 (4, dim)
+vectors       embeddings of length 1, float32 (n, dim); for more than EXACT images a faiss graph, as bytes
+places        positions on the map, float32 (n, 2)
+basis         for `project`, float32 (4, dim)
 offsets       int64 (n + 1,): thumbnail i is thumbnails[offsets[i] : offsets[i + 1]]
 thumbnails    small JPEG files, one after the other
 sample_sizes  bytes per sample, int64 (samples,)
@@ -55,12 +55,12 @@ def write(
     """Write an index, whole or not at all.
 
     Args:
-        path: of the file; its name is SPACE.npz.
+        path: the file to write.
         space: id of the embedding space.
-        vectors: embeddings at length 1, (n, dim).
-        thumbnails: of the n images, with their names and labels; small JPEG files.
+        vectors: embeddings of length 1, (n, dim).
+        thumbnails: names, labels and small JPEG files of the n images.
         samples: images to try the service with.
-        paths: the files and folders that were indexed; none where it was the training images.
+        paths: the files and folders that were indexed; none for the training images.
 
     Raises:
         UserError: there are more than EXACT images, and faiss is not installed.
@@ -86,7 +86,7 @@ def write(
 
 
 def indexed_paths(path: Path) -> list[str]:
-    """Return the files and folders that an index was made of; none where it was the training images.
+    """Return the files and folders that were indexed; none for the training images.
 
     Raises:
         UserError: the file is damaged.
@@ -98,7 +98,7 @@ def indexed_paths(path: Path) -> list[str]:
 
 @contextmanager
 def _open(path: Path, remedy: str) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
-    """Yield `about` and the arrays, read on demand; whatever is wrong with them becomes a UserError with the remedy."""
+    """Yield `about` and the arrays, which are read on demand; any damage becomes a UserError with the remedy."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             yield json.loads(arrays["about"].tobytes()), arrays
@@ -112,8 +112,8 @@ class Index:
     """An index in memory.
 
     Attributes:
-        names, labels: of the images, in order; a label may be None.
-        places: on the map, float32 (n, 2).
+        names, labels: one per image; a label may be None.
+        places: positions on the map, float32 (n, 2), from -1 to 1.
         samples: images to try the service with.
     """
 
@@ -162,11 +162,11 @@ class Index:
         return nearest, np.take_along_axis(similarities, nearest, 1)
 
     def place(self, embeddings: Vectors) -> Places:
-        """Return the places of embeddings (n, dim) on the map."""
+        """Return the positions of embeddings (n, dim) on the map."""
         return project(unit(embeddings), self._basis)
 
     def thumbnail(self, i: int) -> bytes:
-        """Return the image of number `i` as a small JPEG file; raises IndexError."""
+        """Return the thumbnail of image `i`, a JPEG file; raises IndexError."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         start, end = self._offsets[i : i + 2].tolist()
@@ -174,12 +174,12 @@ class Index:
 
 
 def project(vectors: Vectors, basis: Vectors) -> Places:
-    """Return the first two principal components of vectors (n, dim): new images have an exact place on the map too."""
+    """Return the first two principal components of unit vectors (n, dim); so new images have an exact place too."""
     return ((vectors - basis[0]) @ basis[1:3].T / basis[3, 0]).astype(np.float32)  # type: ignore[no-any-return]
 
 
 def _basis(vectors: Vectors) -> Vectors:
-    """Return what `project` needs, (4, dim): the mean, two principal axes and, in every column, the map's scale."""
+    """Return what `project` needs, (4, dim): the mean, two principal axes, and the map's scale in every column."""
     mean = vectors.mean(0)
     covariance = (vectors - mean).T @ (vectors - mean)
     axes = np.linalg.eigh(covariance)[1][:, :-3:-1].T  # of the two largest variances
@@ -197,7 +197,7 @@ def _graph(vectors: Vectors) -> Any:
 
 
 def faiss() -> Any:
-    """Import faiss; raises UserError where it is not installed."""
+    """Import faiss; raises UserError if it is not installed."""
     try:
         import faiss
     except ModuleNotFoundError:
