@@ -108,7 +108,7 @@ def test_damaged_cache_is_ignored(tmp_path, read, capsys):
     ingest.CACHE.write_bytes(b"PAR1 nonsense")
     read(photos)
     output = capsys.readouterr().out
-    assert "data/.ingest.parquet is damaged: every image is read anew" in output
+    assert "data/.ingest.parquet is damaged, so every image is read again" in output
     assert "4 images: 4 new or changed, 0 cached" in output
 
 

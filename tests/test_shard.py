@@ -242,7 +242,9 @@ def test_a_lost_image_stops_the_stage_and_changes_nothing(data, smoke):
     data(ROWS)
     files.write_json(files.SHARDS / webdataset.CLASSES_FILE, ["old"])
     (files.RAW / "u/3.jpg").unlink()
-    with pytest.raises(UserError, match=r"u/3\.jpg cannot be read \(No such file or directory\); run ingest again"):
+    with pytest.raises(
+        UserError, match=r"u/3\.jpg cannot be read \(No such file or directory\); run `barlow ingest` again"
+    ):
         shard.run(smoke)
     assert [path.name for path in files.SHARDS.parent.iterdir() if "shards" in path.name] == ["shards"]
     assert webdataset.classes() == ["old"]
@@ -250,7 +252,7 @@ def test_a_lost_image_stops_the_stage_and_changes_nothing(data, smoke):
 
 def test_a_changed_image_is_named(tmp_path):
     (tmp_path / "x").write_bytes(b"other")
-    with pytest.raises(UserError, match=r"/x has changed since ingest; run ingest again"):
+    with pytest.raises(UserError, match=r"/x has changed since ingest; run `barlow ingest` again"):
         shard.sample(source(encode(picture(), "PNG")), tmp_path, None)
 
 
