@@ -1,4 +1,4 @@
-"""The flow `watch`: are recent images still like those of training? Emits `encoder.drift` when they are not."""
+"""The flow `watch`: run `barlow drift`, and emit `encoder.drift` if recent images differ from those of training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from flows.retrain import announce, step
 
 @flow(name="watch", persist_result=False)
 def watch(recent: str | None = None, minutes: float = 30) -> State[Any]:
-    """Compare, keep the figures on the run's page, and emit the event after drift.breaches breaches in a row.
+    """Compare, put the figures on the run's page, and emit the event after drift.breaches breaches in a row.
 
     Args:
         recent: a folder of images or a Parquet file of embeddings, instead of drift.recent of params.yaml.
-        minutes: the deadline.
+        minutes: deadline of the comparison.
     """
     try:
         step.with_options(name="drift")("drift", ["barlow", "drift", *([recent] if recent else [])], minutes)
