@@ -193,16 +193,19 @@ def test_a_large_image_in_a_small_container_is_not_decoded(kind):
 def every_other_format():
     """A small picture in each format that Pillow writes and that is not decoded, and starts of some it only reads."""
     Image.init()
-    found = {"FITS": b"SIMPLE  =                    T".ljust(2880), "QOI": b"qoif" + struct.pack(">IIBB", 9, 9, 3, 0)}
-    found["XPM"] = b'/* XPM */ static char * a[] = {\n"9 9 1 1",\n"a c #000000",\n'
+    contents = {
+        "FITS": b"SIMPLE  =                    T".ljust(2880),
+        "QOI": b"qoif" + struct.pack(">IIBB", 9, 9, 3, 0),
+    }
+    contents["XPM"] = b'/* XPM */ static char * a[] = {\n"9 9 1 1",\n"a c #000000",\n'
     for kind in sorted(set(Image.SAVE) - {*images.INGESTED, "PDF"}):
         for mode in ("RGB", "P", "1", "F"):
             try:
-                found[kind] = encode(Image.new(mode, (16, 16)), kind)
+                contents[kind] = encode(Image.new(mode, (16, 16)), kind)
                 break
             except (OSError, ValueError, KeyError, DeprecationWarning):
                 continue
-    return found
+    return contents
 
 
 @pytest.mark.parametrize("formats", [images.FORMATS, images.INGESTED])

@@ -26,12 +26,12 @@ def site(tmp_path_factory, smoke):
     suites = expectations.suites(dataclasses.replace(smoke.validate, min_decodable_fraction=0.7))
     context = expectations.new_context(site)
     table = pd.DataFrame({"path": ["a", EVIL, "c", "d"], "error": [None, "broken", None, "broken"]})
-    found = expectations.check(context, "files", table, suites["files"])
-    found += expectations.check(
+    outcomes = expectations.check(context, "files", table, suites["files"])
+    outcomes += expectations.check(
         context, "drift", pd.DataFrame({"name": ["all"], "brightness": 0.25, "contrast": 0.1}), suites["drift"]
     )
-    expectations.write_docs(context, site, found)
-    return site, found
+    expectations.write_docs(context, site, outcomes)
+    return site, outcomes
 
 
 def test_outcomes(site):

@@ -31,9 +31,9 @@ def classifier(tmp_path, mean_onnx):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
 def test_mixed_sizes_keep_their_order(mean, batch_size):
-    found = mean.embed(ARRAYS, batch_size=batch_size)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, MEANS, rtol=1e-6)
+    embeddings = mean.embed(ARRAYS, batch_size=batch_size)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(embeddings, MEANS, rtol=1e-6)
 
 
 def test_every_kind_of_image(mean, tmp_path):
@@ -171,11 +171,11 @@ def test_unit_keeps_the_precision(dtype, tolerance):
 @pytest.mark.parametrize("scale", [1, 100, 1e30])
 def test_softmax(scale):
     logits = (scale * RNG.normal(size=(7, 5))).astype(np.float32)
-    found = encoder.softmax(logits)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, special.softmax(logits.astype(np.float64), axis=1), rtol=1e-4, atol=1e-12)
-    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-6)
-    np.testing.assert_array_equal(encoder.softmax(logits[3]), found[3])
+    probabilities = encoder.softmax(logits)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities, special.softmax(logits.astype(np.float64), axis=1), rtol=1e-4, atol=1e-12)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(encoder.softmax(logits[3]), probabilities[3])
 
 
 def test_missing_file(tmp_path):

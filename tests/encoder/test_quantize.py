@@ -28,7 +28,8 @@ def write_encoder(path, head=None, classes=("a", "b", "c", "d")):
     rng = np.random.default_rng(1)
 
     def filters(outputs, inputs):
-        values = rng.normal(size=(outputs, inputs, 3, 3)) * rng.uniform(0.2, 3, (outputs, 1, 1, 1))  # a range a channel
+        values = rng.normal(size=(outputs, inputs, 3, 3))
+        values *= rng.uniform(0.2, 3, (outputs, 1, 1, 1))  # one range per channel
         return (values / np.sqrt(9 * inputs)).astype(np.float32)
 
     weights = {
@@ -214,11 +215,11 @@ def test_a_second_run_gives_the_same_bytes(figures, smoke, tmp_path, name):
 def test_embeddings_are_close_at_any_shape(figures, name, least, shape):
     batch = np.random.default_rng(0).integers(60, 196, (*shape, 3), dtype=np.uint8)
     full = session(files.ONNX).run(["embedding"], {"images": batch})[0].astype(np.float64)
-    found = session(files.REDUCED / f"{name}.onnx").run(["embedding"], {"images": batch})[0]
-    assert found.shape == (len(batch), WIDTH)
-    cosines = (full * found).sum(1) / np.linalg.norm(full, axis=1) / np.linalg.norm(found, axis=1)
+    reduced = session(files.REDUCED / f"{name}.onnx").run(["embedding"], {"images": batch})[0]
+    assert reduced.shape == (len(batch), WIDTH)
+    cosines = (full * reduced).sum(1) / np.linalg.norm(full, axis=1) / np.linalg.norm(reduced, axis=1)
     assert cosines.min() > least
-    assert (found != full).any()  # it is another network
+    assert (reduced != full).any()  # it is another network
 
 
 @pytest.mark.parametrize("name", NAMES)

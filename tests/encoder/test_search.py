@@ -67,35 +67,35 @@ def cosines(queries, vectors):
 @pytest.mark.parametrize("k", [1, 10, 199, 200])
 def test_the_nearest_are_those_of_scikit_learn(build, k):
     vectors, queries = random(200), random(30)
-    found, similarities = build(vectors).search(embeddings(queries), k)
+    nearest, similarities = build(vectors).search(embeddings(queries), k)
     distances, wanted = (
         NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(vectors).kneighbors(queries)
     )
-    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(nearest, wanted)
     np.testing.assert_allclose(similarities, 1 - distances, atol=1e-6)
-    np.testing.assert_allclose(similarities, np.take_along_axis(cosines(queries, vectors), found, 1), atol=1e-6)
+    np.testing.assert_allclose(similarities, np.take_along_axis(cosines(queries, vectors), nearest, 1), atol=1e-6)
 
 
 def test_more_than_there_are_gives_all(build):
     vectors, queries = random(5), random(3)
-    found, similarities = build(vectors).search(embeddings(queries), 100)
-    np.testing.assert_array_equal(found, np.argsort(-cosines(queries, vectors), axis=1))
+    nearest, similarities = build(vectors).search(embeddings(queries), 100)
+    np.testing.assert_array_equal(nearest, np.argsort(-cosines(queries, vectors), axis=1))
     assert similarities.shape == (3, 5)
 
 
 def test_one_image_is_an_index(build):
     (vector,) = vectors = random(1)
     made = build(vectors)
-    found, similarities = made.search(embeddings([vector, -vector]), 10)
-    np.testing.assert_array_equal(found, [[0], [0]])
+    nearest, similarities = made.search(embeddings([vector, -vector]), 10)
+    np.testing.assert_array_equal(nearest, [[0], [0]])
     np.testing.assert_allclose(similarities, [[1], [-1]], atol=1e-6)
     np.testing.assert_array_equal(made.places, [[0, 0]])
 
 
 def test_no_query_has_no_neighbours(build):
     made = build(random(5))
-    found, similarities = made.search(np.empty((0, DIM), np.float32), 3)
-    assert found.shape == similarities.shape == (0, 3)
+    nearest, similarities = made.search(np.empty((0, DIM), np.float32), 3)
+    assert nearest.shape == similarities.shape == (0, 3)
     assert made.place(np.empty((0, DIM), np.float32)).shape == (0, 2)
 
 
@@ -104,9 +104,9 @@ def test_ties_are_all_found(build):
     vectors[[2, 5, 9]] = vectors[0]
     made = build(vectors)
     for k in (2, 4, 6):
-        (found,), (similarities,) = made.search(embeddings(vectors[:1]), k)
-        assert len(set(found)) == k
-        assert set(found[:4]) <= {0, 2, 5, 9}
+        (nearest,), (similarities,) = made.search(embeddings(vectors[:1]), k)
+        assert len(set(nearest)) == k
+        assert set(nearest[:4]) <= {0, 2, 5, 9}
         np.testing.assert_allclose(similarities[:4], 1, atol=1e-6)
         assert (np.diff(similarities) <= 0).all()
 
@@ -158,11 +158,11 @@ def few(monkeypatch):
 def test_many_are_searched_in_a_graph(build, few, tmp_path, monkeypatch):
     vectors, queries = random(1500), random(100)
     made = build(vectors)
-    found, similarities = made.search(embeddings(queries), 10)
+    nearest, similarities = made.search(embeddings(queries), 10)
     wanted = np.argsort(-cosines(queries, vectors), axis=1)[:, :10]
-    recall = np.mean([len({*ours} & {*exact}) / 10 for ours, exact in zip(found, wanted, strict=True)])
+    recall = np.mean([len({*ours} & {*exact}) / 10 for ours, exact in zip(nearest, wanted, strict=True)])
     assert recall > 0.99
-    np.testing.assert_allclose(similarities, np.take_along_axis(cosines(queries, vectors), found, 1), atol=1e-5)
+    np.testing.assert_allclose(similarities, np.take_along_axis(cosines(queries, vectors), nearest, 1), atol=1e-5)
     assert (np.diff(similarities) <= 0).all()
     assert made.places.shape == (1500, 2)
     monkeypatch.setitem(sys.modules, "faiss", None)  # as where it is not installed
@@ -180,8 +180,8 @@ def test_without_faiss_the_index_of_many_is_not_written(build, few, tmp_path, mo
 def test_up_to_the_bound_faiss_is_not_needed(build, few, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     vectors = random(100)
-    (found,), _ = build(vectors).search(embeddings(vectors[42:43]), 1)
-    assert found == [42]
+    (nearest,), _ = build(vectors).search(embeddings(vectors[42:43]), 1)
+    assert nearest == [42]
 
 
 @pytest.fixture

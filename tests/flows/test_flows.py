@@ -173,8 +173,8 @@ class Box:
 
     def artifacts(self, run):
         asked = {"flow_runs": {"id": {"any_": [run]}}}
-        found = self.ask("POST", "/artifacts/filter", asked)
-        return {artifact["key"]: artifact["data"] for artifact in found}
+        artifacts = self.ask("POST", "/artifacts/filter", asked)
+        return {artifact["key"]: artifact["data"] for artifact in artifacts}
 
     # The project.
 
