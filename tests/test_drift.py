@@ -95,7 +95,7 @@ def test_darker_images_are_drift_when_they_come_in_a_row(check, promote, tmp_pat
     assert row(*dark[:2]) == [(True, 1, False), (True, 2, False)]
     assert capsys.readouterr().out.splitlines()[1].startswith("breach: unlike what v1 was trained on, 2 in a row")
     assert row(few) == [(False, 2, False)]
-    assert row(dark[1]) == [(True, 2, False)]  # the same images again say nothing new
+    assert row(dark[1]) == [(True, 2, False)]  # the same images again do not count
     assert row(*dark[2:4]) == [(True, 3, True), (True, 4, True)]
     assert capsys.readouterr().out.splitlines()[-1].startswith("drift: unlike what v1 was trained on, 4 in a row")
     assert row(few, like, dark[4]) == [(False, 4, False), (False, 0, False), (True, 1, False)]

@@ -21,7 +21,7 @@ COLOURS = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200), 
 
 @pytest.fixture
 def model(tmp_path, mean_onnx):
-    """An encoder whose embedding is the mean red, green and blue."""
+    """An encoder whose embedding is the mean of red, green and blue."""
     return mean_onnx(tmp_path / "encoder.onnx")
 
 
@@ -53,7 +53,7 @@ def read(out, space="mean"):
 
 
 def nearest(made, colour):
-    """Name of the image that is nearest to a colour."""
+    """The name of the image that is nearest to a colour."""
     ids, _ = made.search(np.array([COLOURS[colour]], np.float32), 1)
     return made.names[ids[0, 0]]
 
@@ -84,7 +84,7 @@ def test_bad_files_are_told_and_skipped(photos, model, tmp_path, capsys):
     index.run([photos, tmp_path / "none.png"], model, tmp_path / "out")
     made = read(tmp_path / "out")
     assert len(made) == 4
-    assert nearest(made, "blue") == "cats/old/2.jpg"  # what follows a bad file keeps its name
+    assert nearest(made, "blue") == "cats/old/2.jpg"  # files after a bad one keep their names
     out, err = capsys.readouterr()
     told = dict(line.removeprefix("barlow index: ").split(": ", 1) for line in err.splitlines())
     assert "truncated" in told.pop("cats/broken.jpg").lower()
@@ -138,7 +138,7 @@ def test_a_name_that_is_no_unicode(tmp_path, model):
     index.run([tmp_path], model, tmp_path / "out")
     made = read(tmp_path / "out")
     assert (made.names, made.labels) == (["caf\\xe9/1.png"], ["caf\\xe9"])
-    made.names[0].encode()  # as an answer over HTTP must
+    made.names[0].encode()  # an answer over HTTP must be UTF-8
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_samples_of_named_images_are_the_first(tmp_path, model):
 
 
 def test_not_all_images_are_decoded_at_once(tmp_path, model, monkeypatch):
-    """So photographs do not fill the memory: how many are decoded before the first is embedded."""
+    """Only some images are decoded before the first is embedded, so photographs do not fill the memory."""
     content, ahead, count = encode(plain("red")), [], 40
     for i in range(count):
         put(tmp_path / f"photos/{i:02d}.png", content)
@@ -216,7 +216,7 @@ def packed(tmp_path, monkeypatch, model):
 
 
 def accept(samples):
-    """data/accepted.parquet, with a path for each: the first 24 digits of a file's hash are its key."""
+    """Write data/accepted.parquet with one path per sample; the first 24 digits of a hash are the key."""
     rows = {"path": [f"{s.key[-3:]}/ä.png" for s in samples], "sha256": [s.key + "f" * 40 for s in samples]}
     parquet.write_table(pa.table(rows), files.ACCEPTED)
 
@@ -235,7 +235,7 @@ def test_training_images_come_with_their_names_and_labels(packed, model):
     assert [made.labels[i] for i in ids[:, 0]] == ["red", "green", "blue"] * 2
 
 
-def test_samples_are_test_images_a_class_in_turn(packed, model):
+def test_samples_are_test_images_one_per_class_in_turn(packed, model):
     accept(packed["test"])
     index.run(model=model)
     samples = read(files.INDEX).samples

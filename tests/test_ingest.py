@@ -69,7 +69,7 @@ def test_nasty_folder_has_a_row_for_every_file(nasty, read, monkeypatch, capsys)
     output = capsys.readouterr()
     assert f"{len(refused)} images: {len(refused) - 2} new or changed, 0 cached, 2 unreadable" in output.out
     assert "links not followed, back to a folder above or a second time: 1" in output.out
-    assert output.err == ""  # no progress bar where nobody watches, no Pillow warning
+    assert output.err == ""  # no progress bar without a terminal, and no warning from Pillow
     read(folder)
     assert f" 0 new or changed, {len(refused) - 2} cached, 2 unreadable" in capsys.readouterr().out
 
@@ -98,7 +98,7 @@ def test_second_run_reads_only_what_is_new_or_changed(tmp_path, read, capsys):
     read(photos)
     assert files.MANIFEST.read_bytes() == after
     capsys.readouterr()
-    read(photos, max_pixels=50)  # the bound decides what is decoded
+    read(photos, max_pixels=50)  # the bound is part of the cache key
     assert "12 images: 12 new or changed, 0 cached" in capsys.readouterr().out
 
 

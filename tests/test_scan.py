@@ -38,7 +38,7 @@ def test_scan_changes_only_with_the_files(tmp_path, smoke, change):
         return scan.SOURCE.stat().st_ino, files.read_json(scan.SOURCE)
 
     inode, first = scanned(photos)
-    assert scanned(photos) == (inode, first)  # not even written again
+    assert scanned(photos) == (inode, first)  # the file was not written again
     assert (first["source"], first["files"]) == (str(photos), 4)
     assert first["bytes"] == sum(path.stat().st_size for path in photos.rglob("*.png"))
     os.utime(photos / "cat/0.png", ns=(1, 1))

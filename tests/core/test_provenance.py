@@ -17,7 +17,7 @@ def test_packages_are_those_that_the_pipeline_runs_on():
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A git repository with one commit, which holds params.yaml; the working folder."""
+    """A git repository whose one commit holds params.yaml; it is the working folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     (tmp_path / "params.yaml").write_text("a: 1")
@@ -75,7 +75,7 @@ def test_the_revision_tells_a_changed_checkout(repository):
 
 
 def test_the_code_of_a_run_is_what_pretraining_imports(tmp_path, monkeypatch):
-    """A comment in the service leaves a run's checkpoints what they are; one in the loss makes it another run."""
+    """A comment in the service does not change the hash; one in the loss does, and starts another run."""
     package = shutil.copytree(provenance.PACKAGE, tmp_path / "barlow")
     monkeypatch.setattr(provenance, "PACKAGE", package)
     before = provenance.code_hash("pretrain")

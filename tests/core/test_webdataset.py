@@ -29,7 +29,7 @@ def test_read_returns_what_was_written(tar):
 
 @pytest.fixture
 def three_tars(tar):
-    """One has two samples, one none, one the others."""
+    """Three tars: one with two samples, one with none, one with the rest."""
     parts = [SAMPLES[:2], [], SAMPLES[2:]]
     for i, part in enumerate(parts):
         webdataset.write(tar.with_name(f"pretrain-{i:06d}.tar"), part)
@@ -136,7 +136,7 @@ def test_digest_tells_content_and_order(tar, tmp_path, other):
 
 
 def both(tar):
-    """The two ways to read a tar, to its end."""
+    """The two ways to read a tar, each to its end."""
     return (lambda: list(webdataset.read([tar])), lambda: webdataset.Samples([tar]).read(np.array([0, 6])))
 
 

@@ -56,7 +56,7 @@ def test_data_docs_are_whole_run_no_script_and_load_nothing(site):
     folder, _ = site
     pages = {page.relative_to(folder).as_posix(): page.read_text(encoding="utf-8") for page in folder.rglob("*.html")}
     assert "stale.html" not in pages
-    assert len(pages) == 5  # the index, and a suite and its result for each table
+    assert len(pages) == 5  # the index and, per table, a suite and its result
     for page in pages.values():
         policy, rest = re.split(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', page)[1:]
         assert policy.startswith("default-src 'none'; ")

@@ -65,6 +65,6 @@ def test_processes_end_with_their_parent_even_if_it_was_killed(tmp_path):
         "import os, pathlib; from barlow.data import facts; "
         "reading = facts._map(pathlib.Path.exists, [pathlib.Path('.')] * 50); next(reading); os.kill(os.getpid(), 9)"
     )
-    # They share its output, so this returns only when the last of them is gone.
+    # The processes share its output, so this returns only when the last of them has ended.
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=30, check=False)
     assert ended.returncode == -9

@@ -87,7 +87,7 @@ def test_defects_are_planted(written):
 
 
 def test_no_label_leaks_into_colour_or_brightness():
-    """A classifier on everything but structure stays near chance, which is 10 %."""
+    """A classifier on brightness and colour alone stays near chance, which is 10 %."""
     families = list(synthetic.FAMILIES)
     rows, labels = [], []
     for i in range(1200):

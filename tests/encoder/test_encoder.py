@@ -127,7 +127,7 @@ def test_images_are_drawn_a_batch_at_a_time(mean):
 
 
 def test_the_memory_of_a_large_image_is_given_back(tmp_path, mean_onnx):
-    """16 million pixels are 192 MB inside this network."""
+    """16 million pixels take 192 MB inside this network."""
     mean_onnx(tmp_path / "encoder.onnx")
     program = """
 import sys, numpy, psutil

@@ -21,7 +21,7 @@ DIM = 24
 
 @pytest.fixture
 def build(tmp_path):
-    """`build(vectors)`, int8 (n, 24), is an index of them: of images of 8 x 1 pixels, by an encoder that copies."""
+    """`build(vectors)` indexes int8 vectors (n, 24): images of 8 x 1 pixels, whose values the encoder copies."""
     nodes = [
         helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
         helper.make_node("Flatten", ["float"], ["flat"]),
@@ -59,7 +59,7 @@ def embeddings(vectors):
 
 
 def cosines(queries, vectors):
-    """In float64, as the definition has it."""
+    """By the definition, in float64."""
     queries, vectors = np.asarray(queries, np.float64), np.asarray(vectors, np.float64)
     return queries @ vectors.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(vectors, axis=1)
 
@@ -151,7 +151,7 @@ def test_a_picture_for_each_number(build):
 
 @pytest.fixture
 def few(monkeypatch):
-    """More than 100 images are many."""
+    """Make the bound for an exact search 100 images."""
     monkeypatch.setattr(search, "EXACT", 100)
 
 
@@ -186,7 +186,7 @@ def test_up_to_the_bound_faiss_is_not_needed(build, few, monkeypatch):
 
 @pytest.fixture
 def written(tmp_path):
-    """An index of three images, written; returns its path, vectors, thumbnails and samples."""
+    """Write an index of three images; return its path, vectors, thumbnails and samples."""
     vectors = unit(embeddings(random(3)))
     thumbnails = [Item("a/1.jpg", "a", b"first"), Item("ä.png", None, b""), Item("b/2.jpg", "b", b"3")]
     samples = [Item("b/2.jpg", "b", b"the whole file"), Item("c.jpg", None, b"another")]
@@ -209,7 +209,7 @@ def test_what_is_written_is_read(written):
 
 
 def test_the_file_is_as_the_format_says(written, tmp_path):
-    """An index that was written by hand, in format 1: existing files stay readable, and new ones have their bytes."""
+    """An index written by hand in format 1 has the same bytes, so existing files stay readable."""
     path, vectors, _, _ = written
     about = {"kind": "barlow index 1", "space": "made", "names": ["a/1.jpg", "ä.png", "b/2.jpg"]}
     about |= {"labels": ["a", None, "b"], "paths": ["/a", "/b c"], "samples": [["b/2.jpg", "b"], ["c.jpg", None]]}

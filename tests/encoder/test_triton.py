@@ -14,7 +14,7 @@ TYPES = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
 
 @pytest.fixture(scope="module")
 def protocol():
-    """Triton's own description of config.pbtxt, which tritonclient ships; its package wants grpc, the file does not."""
+    """Triton's own schema of config.pbtxt, from tritonclient; loaded as a file, since the package needs grpc."""
     folder = importlib.util.find_spec("tritonclient").submodule_search_locations[0]
     spec = importlib.util.spec_from_file_location("model_config_pb2", Path(folder) / "grpc/model_config_pb2.py")
     module = importlib.util.module_from_spec(spec)

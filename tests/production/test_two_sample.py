@@ -36,7 +36,7 @@ def test_auc_equals_scikit_learn(decimals):
 
 
 def pairs_auc(x, y, axis):
-    """The share of pairs of which the second is larger; those that are equal count half."""
+    """The share of pairs whose second value is larger; ties count half."""
     below, above = np.expand_dims(x, -1), np.expand_dims(y, -2)
     return ((below < above) + (below == above) / 2).mean(axis=(-1, -2))
 
@@ -72,7 +72,7 @@ def test_scores_are_ranks_in_folds_that_are_balanced():
 
 
 def test_equal_rows_of_a_fold_have_equal_scores():
-    kinds = normal(0, 3, 77)  # 77: rounding in a product of matrices depends on where a row stands
+    kinds = normal(0, 3, 77)  # 77 columns: in a matrix product, the rounding of a row depends on its place
     x, y = (kinds[np.random.default_rng(seed).integers(3, size=175)] for seed in (1, 2))
     scores = two_sample.cross_fitted_scores(x, y, np.random.default_rng(0))
     assert len(np.unique(scores)) <= 5 * 3
