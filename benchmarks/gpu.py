@@ -35,6 +35,7 @@ from PIL import Image
 from barlow import extract, finetune, preset, pretrain
 from barlow.core import files, provenance, webdataset
 from barlow.core.errors import Interrupted
+from barlow.core.images import encode
 from barlow.data import synthetic
 from barlow.evaluation import features, probe
 from barlow.settings import params, strict
@@ -127,9 +128,7 @@ def settings(bench: Bench, name: str | None = None, **pretraining: Any) -> param
 
 
 def jpeg(pixels: Any, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", **options)
-    return buffer.getvalue()
+    return encode(Image.fromarray(pixels), "JPEG", **options)
 
 
 def photographs(bench: Bench, n: int, side: int) -> list[bytes]:

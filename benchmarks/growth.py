@@ -5,7 +5,6 @@ Each stage is run as its command, start-up included. The exponent is that of the
 
 from __future__ import annotations
 
-import io
 import math
 import subprocess
 import sys
@@ -25,14 +24,12 @@ STAGES = ("ingest", "validate", "shard")
 
 
 def draw(folder: Path, first: int, last: int) -> None:
-    """Write 16-px PNG files of noise, a thousand in a folder."""
+    """Write PNG files of noise, 16 x 16 pixels, 1,000 per folder."""
     for i in range(first, last):
         if i % 1000 == 0:
             (folder / f"{i // 1000:04d}").mkdir(parents=True)
-        buffer = io.BytesIO()
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)
-        Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-        (folder / f"{i // 1000:04d}/{i:07d}.png").write_bytes(buffer.getvalue())
+        Image.fromarray(pixels).save(folder / f"{i // 1000:04d}/{i:07d}.png", compress_level=1)
 
 
 def measure(project: Path) -> list[float]:

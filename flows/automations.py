@@ -1,8 +1,8 @@
-"""`python -m flows.automations [WEBHOOK]`: what the server does by itself. Safe to repeat.
+"""`python -m flows.automations [WEBHOOK]`: create the automations of the Prefect server. Safe to repeat.
 
-A run whose process and worker both died stays `Running` for ever, unless the server misses its heartbeats: then it is
-set to `Crashed`. With WEBHOOK, a URL that takes a POST of JSON ({"text": ...}, as Slack and Mattermost do), failures,
-promotions and rollbacks are told there.
+If the process of a run and its worker both die, the run would stay `Running` for ever. So the server sets a run without
+heartbeats to `Crashed`. WEBHOOK is a URL that takes a POST of JSON ({"text": ...}), like those of Slack and Mattermost.
+It is notified of failures, promotions and rollbacks.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
-MISSED = 100  # seconds without a heartbeat; they come every 30 (pyproject.toml)
+MISSED = 100  # seconds without a heartbeat; a run sends one every 30 (pyproject.toml)
 ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
-ENDED |= {f"prefect.flow-run.{name}" for name in ("Promoted", "Unchanged", "Refused", "Drift")}  # ours, all completed
+ENDED |= {
+    f"prefect.flow-run.{name}" for name in ("Promoted", "Unchanged", "Refused", "Drift")
+}  # our own states, all of type Completed
 RUNS = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]})
 
 
 def zombies() -> Automation:
-    """Set a run to Crashed that no longer sends heartbeats."""
+    """Return the automation that sets a run without heartbeats to Crashed."""
     return Automation(
         name="a run without heartbeats has crashed",
         trigger=EventTrigger(
@@ -46,30 +48,30 @@ def zombies() -> Automation:
 
 
 async def notifications(url: str) -> list[Automation]:
-    """Tell a webhook of failures, promotions and rollbacks."""
+    """Return the automations that notify a webhook of failures, promotions and rollbacks."""
     block = CustomWebhookNotificationBlock(
         name="barlow", url=url, json_data={"text": "{{subject}}\n{{body}}"}, headers=None, cookies=None
     )
     identity = await block.asave("barlow-notifications", overwrite=True)
-    told = {
+    kinds = {
         "failures": ({"prefect.flow-run.Failed", "prefect.flow-run.Crashed"}, RUNS, "{{ flow_run.state.message }}"),
         "promotions": ({"encoder.promoted"}, ResourceSpecification({}), "{{ event.payload.reason }}"),
         "rollbacks": ({"encoder.rolled-back"}, ResourceSpecification({}), "{{ event.payload.message }}"),
     }
     return [
         Automation(
-            name=f"tell of {what}",
+            name=f"tell of {kind}",
             trigger=EventTrigger(
                 expect=events, match=match, posture=Posture.Reactive, threshold=1, within=timedelta(0)
             ),
             actions=[SendNotification(block_document_id=identity, subject="{{ event.event }}", body=body)],
         )
-        for what, (events, match, body) in told.items()
+        for kind, (events, match, body) in kinds.items()
     ]
 
 
 async def main(webhook: str | None = None) -> None:
-    """Create what is not there, or replace what is."""
+    """Create each automation, or replace the one of the same name."""
     for automation in [zombies(), *(await notifications(webhook) if webhook else [])]:
         try:
             automation.id = (await Automation.aread(name=automation.name)).id

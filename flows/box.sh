@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Server, worker and deployments on one machine, until Ctrl-C: what `make flows` runs, with PREFECT_API_URL set.
+# `make flows`: run the server and a worker on this machine until Ctrl-C, with all deployments. Needs PREFECT_API_URL.
 set -euo pipefail
 server='' worker=''
-stop() { # the worker first: it has runs to end, and tells the server so
+stop() { # the worker first: it ends its runs and reports that to the server
   trap - EXIT
   for pid in $worker $server; do
     kill "$pid" 2>/dev/null || continue
@@ -27,7 +27,7 @@ prefect work-pool create local --type process --overwrite
 prefect --no-prompt deploy --all
 python -m flows.automations
 echo "page: http://127.0.0.1:$port  now: prefect deployment run retrain/retrain-nightly  (in another terminal, here)"
-# what runs in the background ignores SIGINT, by which a worker tells itself to stop
+# a background process ignores SIGINT by default, but a worker sends itself SIGINT to stop
 env --default-signal=INT prefect worker start --pool local --name box &
 worker=$!
 wait -n

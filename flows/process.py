@@ -1,4 +1,4 @@
-"""Commands as steps of a flow: live lines, a deadline, no orphans, and which failures can pass later."""
+"""Commands as steps of a flow: live output, a deadline, no orphans, and which failures another try may fix."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 GRACE = 20.0  # seconds between TERM and KILL: pretraining finishes its step and writes a checkpoint
-KEPT = 400  # last lines
-POLL = 0.5  # seconds
+KEPT = 400  # last lines of output that are kept
+POLL = 0.5  # seconds between looks at the process
 
-# What another try may find gone. DVC exits with 255 whatever a stage exits with, so its words decide.
+# Failures that another try may not meet. DVC exits with 255 whatever the stage's exit code, so the output decides.
 PASSES = re.compile(
     r"exited with (75|-\d+|13[0-9]|14[0-9])\b"  # interrupted after a checkpoint; killed
     r"|Unable to acquire lock|is busy, it is being blocked by|database is locked"
@@ -33,19 +33,19 @@ PASSES = re.compile(
 class Ended(NamedTuple):
     """How a command ended."""
 
-    code: int  # 128 + N: by signal N
-    lines: list[str]  # the last of its output
+    code: int  # 128 + N if signal N ended it
+    lines: list[str]  # the last KEPT lines of its output
     seconds: float
     late: bool  # it was ended at its deadline
 
     @property
     def killed(self) -> bool:
-        """Whether a signal ended it; DVC's own 255 is none."""
+        """Whether a signal ended it; 255, by which DVC reports any failure, is no signal."""
         return 128 < self.code <= 128 + signal.NSIG
 
 
 class StepFailed(Exception):
-    """A command failed; the message is its reason, as a person would want to read it."""
+    """A command failed; the message is the reason, for people to read."""
 
     def __init__(self, reason: str, passes: bool) -> None:
         super().__init__(reason)
@@ -53,12 +53,14 @@ class StepFailed(Exception):
 
 
 def run(command: Sequence[str], deadline: float, log: Callable[[str], None]) -> Ended:
-    """Run a command of this environment in a session of its own, and hand each line of its output to `log` at once.
+    """Run a command of this environment in a session of its own, and pass each line of its output to `log` at once.
 
-    However this ends, by `deadline` (seconds), an exception or a signal, nothing of the command stays behind.
+    After `deadline` seconds the command is ended. However this function ends, no process of the command remains.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    attempts = {"AWS_MAX_ATTEMPTS": "2"}  # of one request to a bucket; with boto's 5 a dead network takes minutes
+    attempts = {
+        "AWS_MAX_ATTEMPTS": "2"
+    }  # per request to a bucket; with boto's default of 5, a dead network takes minutes
     environment = attempts | os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
     guard = [sys.executable, str(Path(__file__).with_name("guard.py")), str(GRACE)]
     process = subprocess.Popen(
@@ -85,7 +87,7 @@ def run(command: Sequence[str], deadline: float, log: Callable[[str], None]) -> 
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE + 5)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the guard hangs, or was killed and its command has nobody
+            os.killpg(process.pid, signal.SIGKILL)  # the guard hangs, or was killed and its command runs on
         process.wait()
         process.stdout.close()
     code = process.returncode if process.returncode >= 0 else 128 - process.returncode
@@ -93,14 +95,14 @@ def run(command: Sequence[str], deadline: float, log: Callable[[str], None]) -> 
 
 
 def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Yield lines as they come, without colours, and an empty text twice a second; ends with the process."""
+    """Yield the lines of a process without colours, and an empty string every POLL seconds, until the process ends."""
     assert process.stdout
     os.set_blocking(process.stdout.fileno(), False)
     rest, polled = b"", time.monotonic()
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while True:
-            over = process.poll() is not None  # before reading: what it wrote last is still read
+            over = process.poll() is not None  # before reading, so that its last output is still read
             selector.select(0 if over else POLL)
             chunk = process.stdout.read(1 << 16)
             *whole, rest = re.split(rb"[\r\n]+", rest + (chunk or b""))
@@ -109,7 +111,7 @@ def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
                     yield text
             if over and not chunk:
                 return
-            if chunk == b"":  # it closed its output and goes on
+            if chunk == b"":  # it closed its output and runs on
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(POLL)
             if time.monotonic() - polled > POLL:
@@ -118,7 +120,7 @@ def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
 
 
 def require(ended: Ended, name: str, deadline: float) -> Ended:
-    """Check that a command ended well.
+    """Return `ended` if the command succeeded.
 
     Raises:
         StepFailed: it did not.
@@ -135,7 +137,7 @@ def require(ended: Ended, name: str, deadline: float) -> Ended:
 
 
 def reason(ended: Ended, name: str) -> str:
-    """Return what a person needs of the output: the stage's own words, else DVC's, else the end of it."""
+    """Return the part of the output that explains the failure: the stage's message, else DVC's, else the last lines."""
     said = [i for i, line in enumerate(ended.lines) if re.match(r"barlow \w+: ", line)]
     errors = [line.removeprefix("ERROR: ") for line in ended.lines if line.startswith("ERROR: ")]
     if said:

@@ -1,14 +1,13 @@
-"""The flow `retrain`: pull, one task a DVC stage, promote, push. DVC decides what is stale, the gate what is good.
+"""The flow `retrain`: pull, one task per DVC stage, promote, push. DVC decides what is stale, the gate what is good.
 
-Everything that is computed is computed by the commands that a person would type; this adds time, retries, observation
-and what to say afterwards. Ends as Promoted, Unchanged or Refused (all three completed), Failed with the reason as its
-message, or Cancelled where another run works in the same folder.
+The flow runs the commands that a person would type. It adds a schedule, retries, deadlines, logs and notifications. It
+ends as Promoted, Unchanged or Refused (all three of type Completed), as Failed with the reason as its message, or as
+Cancelled if another run works in the same folder.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from prefect.events import emit_event
 from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import exponential_backoff
 
-from barlow.core import provenance
+from barlow.core import files, provenance
 from flows import pages
 from flows.process import StepFailed, require, run
 
@@ -32,18 +31,18 @@ REFUSED = 4  # exit code of `barlow promote`
 
 
 class Busy(Exception):
-    """Another run works in this folder."""
+    """Another run holds the lock of this folder."""
 
 
 def may_pass(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
-    """Say whether another try is worth it: not for wrong settings or failed data."""
+    """Tell Prefect whether to retry: not after wrong settings or failed validation, for example."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, StepFailed) and error.passes
 
 
 @task(persist_result=False, task_run_name="{name}")
 def step(name: str, command: list[str], minutes: float, fine: tuple[int, ...] = (0,)) -> dict[str, Any]:
-    """Run one command; return what it said and how long it took."""
+    """Run one command; return its name, seconds and last lines. Exit codes in `fine` are no failure."""
     log: Any = get_run_logger()
     ended = run(command, 60 * minutes, log.info)
     if ended.code not in fine:
@@ -58,10 +57,10 @@ def retrain(
     """Bring the pipeline up to date, and production if the gate agrees.
 
     Args:
-        minutes: deadlines of steps by name, in minutes; `default` is for those that are not named.
-        retries: further tries of a step whose failure can pass: locks, remote storage, interruption, a killed child.
-        retry_seconds: before the first of them; doubled each time, with jitter.
-        push: push data and models to the DVC remote, where there is one.
+        minutes: deadlines by the name of the step; `default` is for all other steps.
+        retries: of a step that failed for a reason that may go away: a lock, remote storage, an interruption, a signal.
+        retry_seconds: wait before the first retry; doubled each time, with jitter.
+        push: push data and models to the DVC remote, if there is one.
     """
     minutes = {"default": 120.0, "pretrain": 2880.0} | (minutes or {})
 
@@ -81,20 +80,20 @@ def retrain(
     try:
         with alone():
             try:
-                do("check", "barlow", "promote", "--check")  # before hours of work: could it be promoted at all?
+                do("check", "barlow", "promote", "--check")  # before hours of work: would a promotion be possible?
                 remote = has_remote()
                 if remote and (tracked := tracked_data()):
                     do("pull", "dvc", "pull", *tracked)
                 do("scan", "barlow", "scan")
                 for stage in yaml.safe_load(Path("dvc.yaml").read_text())["stages"]:
-                    # The first looks at the source itself. Others take what is missing here from the remote; without
-                    # `--allow-missing`, what is nowhere is made again.
+                    # The first stage reads the source itself. The others pull missing files from the remote. Without
+                    # `--allow-missing`, DVC makes again whatever the remote lacks.
                     pull = ["--pull"] if remote and rows else []
                     rows.append(pages.row(do(stage, "dvc", "repro", "--single-item", *pull, stage)))
-                if any(Path("models/index").glob("*.npz")):  # a service searches: it shall not pause at the promotion
+                if any(files.INDEX.glob("*.npz")):  # a service searches; with the new index ready, it need not pause
                     do("index", "barlow", "index", "--keep")
                 do("promote", "barlow", "promote", fine=(0, REFUSED))
-                decision = json.loads(Path("models/decision.json").read_text())
+                decision = files.read_json(files.DECISION)
                 payload = {key: decision[key] for key in ("production", "champion", "reason", "space", "sha256")}
                 announce(f"encoder.{decision['decision']}", payload)
                 if remote and push:
@@ -110,22 +109,22 @@ def retrain(
 
 
 def has_remote() -> bool:
-    """Say whether a default DVC remote is set up, in any of the files where DVC looks."""
-    asked = subprocess.run([sys.executable, "-m", "dvc", "config", "core.remote"], capture_output=True)
-    return asked.stdout.strip() != b""
+    """Tell whether a default DVC remote is configured, in any of the files that DVC reads."""
+    name = subprocess.run([sys.executable, "-m", "dvc", "config", "core.remote"], capture_output=True).stdout
+    return name.strip() != b""
 
 
 def tracked_data() -> list[str]:
-    """Return what `dvc add` tracks: data that no stage makes."""
+    """Return the .dvc files in git: data that `dvc add` tracks and no stage makes."""
     return provenance.git("ls-files", "*.dvc").splitlines() if provenance.commit() else []
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Hold the folder, a project's; the lock goes with the process, however it ends.
+    """Hold the lock of the project's folder; the kernel releases it when the process ends.
 
     Raises:
-        Busy: another run has it.
+        Busy: another run holds it.
     """
     folder = Path(".dvc/tmp")
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,8 +137,10 @@ def alone() -> Iterator[None]:
 
 
 def publish(rows: list[dict[str, Any]], decision: dict[str, Any] | None) -> None:
-    """Put what happened on the run's page."""
-    create_table_artifact(key="stages", table=rows, description="what DVC ran, and what it found up to date")
+    """Put the stages, the outcome of validation, the decision and the report on the run's page."""
+    create_table_artifact(
+        key="stages", table=rows, description="the stages that DVC ran, and those that were up to date"
+    )
     for key, text in {
         "validation": pages.validation(),
         "decision": pages.decision(decision),
@@ -150,7 +151,7 @@ def publish(rows: list[dict[str, Any]], decision: dict[str, Any] | None) -> None
 
 
 def announce(event: str, payload: dict[str, Any]) -> None:
-    """Emit an event about the encoder of `payload["space"]`, for automations: notifications, deployments."""
+    """Emit an event about the encoder of `payload["space"]`, to which automations react."""
     resource = {"prefect.resource.id": f"barlow.encoder.{payload['space']}", "prefect.resource.name": "encoder"}
     emit_event(event, resource=resource, payload=payload)
 

@@ -1,4 +1,4 @@
-"""The flow `rollback`: `barlow rollback` where those who are told of promotions are told of it as well."""
+"""The flow `rollback`: run `barlow rollback` and emit an event, so that the webhook is notified, as of promotions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flows.retrain import step
 
 @flow(name="rollback", persist_result=False)
 def rollback(version: str | None = None) -> State[Any]:
-    """Put `version`, or the one before, back into production."""
+    """Put `version`, by default the one before, back into production."""
     try:
         done = step.with_options(name="rollback")(
             "rollback", ["barlow", "rollback", *([version] if version else [])], 10

@@ -95,7 +95,7 @@ def test_darker_images_are_drift_when_they_come_in_a_row(check, promote, tmp_pat
     assert row(*dark[:2]) == [(True, 1, False), (True, 2, False)]
     assert capsys.readouterr().out.splitlines()[1].startswith("breach: unlike what v1 was trained on, 2 in a row")
     assert row(few) == [(False, 2, False)]
-    assert row(dark[1]) == [(True, 2, False)]  # the same images again say nothing new
+    assert row(dark[1]) == [(True, 2, False)]  # the same images again do not count
     assert row(*dark[2:4]) == [(True, 3, True), (True, 4, True)]
     assert capsys.readouterr().out.splitlines()[-1].startswith("drift: unlike what v1 was trained on, 4 in a row")
     assert row(few, like, dark[4]) == [(False, 4, False), (False, 0, False), (True, 1, False)]
@@ -183,9 +183,9 @@ def write_parquet(vectors, space="mean", name="embedding"):
             r"r\.parquet: embedding space other, but v1 has mean; run `barlow em",
         ),
         (lambda: write_parquet(VECTORS, None), r"r\.parquet: embedding space unknown, but v1 has mean"),
-        (lambda: write_parquet(VECTORS[:, :2].copy()), r"r\.parquet: no column embedding with 3 float32 a row; run"),
-        (lambda: write_parquet(VECTORS.astype(float)), r"r\.parquet: no column embedding with 3 float32 a row; run"),
-        (lambda: write_parquet(VECTORS, name="x"), r"r\.parquet: no column embedding with 3 float32 a row; run"),
+        (lambda: write_parquet(VECTORS[:, :2].copy()), r"r\.parquet: no column embedding with 3 float32 per row; run"),
+        (lambda: write_parquet(VECTORS.astype(float)), r"r\.parquet: no column embedding with 3 float32 per row; run"),
+        (lambda: write_parquet(VECTORS, name="x"), r"r\.parquet: no column embedding with 3 float32 per row; run"),
         (
             lambda: write_parquet(VECTORS / np.float32([1, 0, 1])),
             r"r\.parquet: an embedding holds NaN or infinity; run",
@@ -248,7 +248,7 @@ def test_a_damaged_last_result_counts_as_none(check, tmp_path, capsys, content):
     assert check(pictures(tmp_path / "dark", 40, 1, darker=30))["breaches"] == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("warning: models/drift.json is none of `barlow drift` (")
+    assert lines[0].startswith("warning: models/drift.json is not a result of `barlow drift` (")
 
 
 def test_the_last_result_of_another_embedding_space_is_not_counted_on(check, tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from barlow import cli, index
-from barlow.core import files, webdataset
+from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
 from barlow.core.images import decode
 from barlow.encoder.encoder import Encoder
@@ -21,14 +21,12 @@ COLOURS = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200), 
 
 @pytest.fixture
 def model(tmp_path, mean_onnx):
-    """An encoder whose embedding is the mean red, green and blue."""
+    """An encoder whose embedding is the mean of red, green and blue."""
     return mean_onnx(tmp_path / "encoder.onnx")
 
 
 def encode(pixels, kind="PNG", **options):
-    buffer = io.BytesIO()
-    Image.fromarray(np.asarray(pixels, np.uint8)).save(buffer, kind, **options)
-    return buffer.getvalue()
+    return images.encode(Image.fromarray(np.asarray(pixels, np.uint8)), kind, **options)
 
 
 def plain(colour, size=(4, 6)):
@@ -54,19 +52,19 @@ def read(out, space="mean"):
     return Index(out / f"{space}.npz", space)
 
 
-def nearest(found, colour):
-    """Name of the image that is nearest to a colour."""
-    ids, _ = found.search(np.array([COLOURS[colour]], np.float32), 1)
-    return found.names[ids[0, 0]]
+def nearest(made, colour):
+    """The name of the image that is nearest to a colour."""
+    ids, _ = made.search(np.array([COLOURS[colour]], np.float32), 1)
+    return made.names[ids[0, 0]]
 
 
 def test_a_folders_name_is_the_label_of_what_lies_in_it(photos, model, tmp_path):
     index.run([photos], model, tmp_path / "out")
-    found = read(tmp_path / "out")
-    labels = dict(zip(found.names, found.labels, strict=True))
+    made = read(tmp_path / "out")
+    labels = dict(zip(made.names, made.labels, strict=True))
     assert labels == {f"{photos}/top.png": None, "cats/1.png": "cats", "cats/old/2.jpg": "old", "wäve/3.png": "wäve"}
     places = {"red": f"{photos}/top.png", "green": "cats/1.png", "blue": "cats/old/2.jpg", "grey": "wäve/3.png"}
-    assert {colour: nearest(found, colour) for colour in COLOURS} == places
+    assert {colour: nearest(made, colour) for colour in COLOURS} == places
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mean.npz"]
 
 
@@ -84,9 +82,9 @@ def test_bad_files_are_told_and_skipped(photos, model, tmp_path, capsys):
     (photos / "cats/gone.png").symlink_to("nowhere")
     put(photos / "cats/program.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n")
     index.run([photos, tmp_path / "none.png"], model, tmp_path / "out")
-    found = read(tmp_path / "out")
-    assert len(found) == 4
-    assert nearest(found, "blue") == "cats/old/2.jpg"  # what follows a bad file keeps its name
+    made = read(tmp_path / "out")
+    assert len(made) == 4
+    assert nearest(made, "blue") == "cats/old/2.jpg"  # files after a bad one keep their names
     out, err = capsys.readouterr()
     told = dict(line.removeprefix("barlow index: ").split(": ", 1) for line in err.splitlines())
     assert "truncated" in told.pop("cats/broken.jpg").lower()
@@ -138,9 +136,9 @@ def test_embeddings_that_are_no_numbers_are_refused(photos, model, tmp_path):
 def test_a_name_that_is_no_unicode(tmp_path, model):
     put(tmp_path / os.fsdecode(b"caf\xe9") / "1.png", encode(plain("red")))
     index.run([tmp_path], model, tmp_path / "out")
-    found = read(tmp_path / "out")
-    assert (found.names, found.labels) == (["caf\\xe9/1.png"], ["caf\\xe9"])
-    found.names[0].encode()  # as an answer over HTTP must
+    made = read(tmp_path / "out")
+    assert (made.names, made.labels) == (["caf\\xe9/1.png"], ["caf\\xe9"])
+    made.names[0].encode()  # an answer over HTTP must be UTF-8
 
 
 @pytest.mark.parametrize(
@@ -162,8 +160,8 @@ def test_thumbnails_are_upright_and_in_order(tmp_path, model):
         put(tmp_path / f"photos/{name}.png", encode(plain(colour, size)))
     put(tmp_path / "photos/b.png", encode(plain("grey", (10, 20)), exif=exif))
     index.run([tmp_path / "photos"], model, tmp_path)
-    found = read(tmp_path)
-    seen = [Image.open(io.BytesIO(found.thumbnail(i))) for i in range(4)]
+    made = read(tmp_path)
+    seen = [Image.open(io.BytesIO(made.thumbnail(i))) for i in range(4)]
     assert [image.size for image in seen] == [(8, 8), (10, 20), (9, 9), (7, 5)]
     for image, colour in zip(seen, ["red", "grey", "blue", "green"], strict=True):
         assert np.abs(np.asarray(image).mean((0, 1)) - COLOURS[colour]).max() < 8
@@ -180,7 +178,7 @@ def test_samples_of_named_images_are_the_first(tmp_path, model):
 
 
 def test_not_all_images_are_decoded_at_once(tmp_path, model, monkeypatch):
-    """So photographs do not fill the memory: how many are decoded before the first is embedded."""
+    """Only some images are decoded before the first is embedded, so photographs do not fill the memory."""
     content, ahead, count = encode(plain("red")), [], 40
     for i in range(count):
         put(tmp_path / f"photos/{i:02d}.png", content)
@@ -218,7 +216,7 @@ def packed(tmp_path, monkeypatch, model):
 
 
 def accept(samples):
-    """data/accepted.parquet, with a path for each: the first 24 digits of a file's hash are its key."""
+    """Write data/accepted.parquet with one path per sample; the first 24 digits of a hash are the key."""
     rows = {"path": [f"{s.key[-3:]}/ä.png" for s in samples], "sha256": [s.key + "f" * 40 for s in samples]}
     parquet.write_table(pa.table(rows), files.ACCEPTED)
 
@@ -226,18 +224,18 @@ def accept(samples):
 def test_training_images_come_with_their_names_and_labels(packed, model):
     accept([*packed["train"], *packed["pretrain"][:1]])
     index.run(model=model)
-    found = read(files.INDEX)
+    made = read(files.INDEX)
     wanted = {f"{i:03x}/ä.png": list(COLOURS)[i % 3] for i in range(6)} | {"00a/ä.png": None}
     wanted |= {f"{i:024x}": None for i in (11, 12)}  # those that the manifest does not have
-    assert dict(zip(found.names, found.labels, strict=True)) == wanted
-    assert len(found) == 9  # the image that is in both splits is there once, with its label
+    assert dict(zip(made.names, made.labels, strict=True)) == wanted
+    assert len(made) == 9  # the image that is in both splits is there once, with its label
     vectors = Encoder(model).embed(decode(sample.data) for sample in packed["train"])
-    ids, similarities = found.search(vectors, 1)
+    ids, similarities = made.search(vectors, 1)
     np.testing.assert_allclose(similarities, 1, atol=1e-6)
-    assert [found.labels[i] for i in ids[:, 0]] == ["red", "green", "blue"] * 2
+    assert [made.labels[i] for i in ids[:, 0]] == ["red", "green", "blue"] * 2
 
 
-def test_samples_are_test_images_a_class_in_turn(packed, model):
+def test_samples_are_test_images_one_per_class_in_turn(packed, model):
     accept(packed["test"])
     index.run(model=model)
     samples = read(files.INDEX).samples
@@ -252,10 +250,10 @@ def test_shards_without_labels_or_names(packed, model):
     for split, samples in packed.items():
         webdataset.write(files.SHARDS / f"{split}-000000.tar", [sample._replace(label=-1) for sample in samples])
     index.run(model=model)
-    found = read(files.INDEX)
-    assert found.names[:6] == [f"{i:024x}" for i in range(6)]
-    assert set(found.labels) == {None}
-    assert [sample.image for sample in found.samples] == [sample.data for sample in packed["test"][:12]]
+    made = read(files.INDEX)
+    assert made.names[:6] == [f"{i:024x}" for i in range(6)]
+    assert set(made.labels) == {None}
+    assert [sample.image for sample in made.samples] == [sample.data for sample in packed["test"][:12]]
 
 
 def test_an_index_for_each_embedding_space(photos, model, tmp_path):

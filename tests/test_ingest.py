@@ -1,4 +1,3 @@
-import io
 import os
 import platform
 import re
@@ -11,7 +10,7 @@ import pytest
 from PIL import Image
 
 from barlow import ingest, scan
-from barlow.core import files
+from barlow.core import files, images
 from barlow.core.errors import Interrupted, UserError
 from barlow.data import facts, manifest
 
@@ -34,9 +33,8 @@ def read(smoke, change):
 
 
 def picture(seed, kind="PNG"):
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    return images.encode(Image.fromarray(noise), kind)
 
 
 def fill(root, seeds, *folders):
@@ -71,7 +69,7 @@ def test_nasty_folder_has_a_row_for_every_file(nasty, read, monkeypatch, capsys)
     output = capsys.readouterr()
     assert f"{len(refused)} images: {len(refused) - 2} new or changed, 0 cached, 2 unreadable" in output.out
     assert "links not followed, back to a folder above or a second time: 1" in output.out
-    assert output.err == ""  # no progress bar where nobody watches, no Pillow warning
+    assert output.err == ""  # no progress bar without a terminal, and no warning from Pillow
     read(folder)
     assert f" 0 new or changed, {len(refused) - 2} cached, 2 unreadable" in capsys.readouterr().out
 
@@ -100,7 +98,7 @@ def test_second_run_reads_only_what_is_new_or_changed(tmp_path, read, capsys):
     read(photos)
     assert files.MANIFEST.read_bytes() == after
     capsys.readouterr()
-    read(photos, max_pixels=50)  # the bound decides what is decoded
+    read(photos, max_pixels=50)  # the bound is part of the cache key
     assert "12 images: 12 new or changed, 0 cached" in capsys.readouterr().out
 
 
@@ -110,7 +108,7 @@ def test_damaged_cache_is_ignored(tmp_path, read, capsys):
     ingest.CACHE.write_bytes(b"PAR1 nonsense")
     read(photos)
     output = capsys.readouterr().out
-    assert "data/.ingest.parquet is damaged: every image is read anew" in output
+    assert "data/.ingest.parquet is damaged, so every image is read again" in output
     assert "4 images: 4 new or changed, 0 cached" in output
 
 

@@ -9,7 +9,7 @@ import torch
 
 from barlow import promote, rollback
 from barlow.core import files, images, webdataset
-from barlow.core.errors import Interrupted, Refused, UserError
+from barlow.core.errors import GateError, Interrupted, UserError
 from barlow.encoder.encoder import Encoder
 from barlow.encoder.registry import Registry
 from barlow.evaluation import features
@@ -96,7 +96,7 @@ def test_a_worse_one_is_refused(encoders, held):
     encoders("edges")
     promote.run(encoders.params)
     encoders("noise")
-    with pytest.raises(Refused, match=r"knn: difference to production: -\d+\.\d points .*; in production is v1"):
+    with pytest.raises(GateError, match=r"knn: difference to production: -\d+\.\d points .*; in production is v1"):
         promote.run(encoders.params)
     assert production(held) == "v1"
     assert decision()["decision"] == "refused"
@@ -124,7 +124,7 @@ def test_a_wide_margin_lets_it_through(encoders, held, change):
 )
 def test_a_first_version_out_of_bounds_is_refused(encoders, held, change, settings, message):
     encoders("edges")
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(GateError, match=message):
         promote.run(change(encoders.params, "promote", **settings))
     assert held.production() is None
     assert held.versions() == []
@@ -134,13 +134,13 @@ def test_one_that_is_much_slower_is_refused(encoders, held, change):
     encoders("edges")
     promote.run(encoders.params)
     encoders("other")
-    with pytest.raises(Refused, match=r"latency: ratio: \S+ times production's \S+ ms, at most 1e-06"):
+    with pytest.raises(GateError, match=r"latency: ratio: \S+ times production's \S+ ms, at most 1e-06"):
         promote.run(change(encoders.params, "promote", max_latency_ratio=1e-6))
 
 
 def test_a_collapsed_one_is_refused(encoders, held):
     encoders("constant")
-    with pytest.raises(Refused, match="health: effective rank"):
+    with pytest.raises(GateError, match="health: effective rank"):
         promote.run(encoders.params)
 
 
@@ -148,7 +148,9 @@ def test_one_that_gives_nan_is_refused(encoders, held):
     encoders("edges")
     promote.run(encoders.params)
     encoders("nan")
-    with pytest.raises(Refused, match="the embedding of image train0000 has a NaN or an infinity; in production is v1"):
+    with pytest.raises(
+        GateError, match="the embedding of image train0000 has a NaN or an infinity; in production is v1"
+    ):
         promote.run(encoders.params)
 
 
@@ -162,7 +164,7 @@ def test_one_that_gives_nan_is_refused(encoders, held):
 def test_a_missing_metric_or_one_that_is_no_number(encoders, held, write, message):
     encoders("edges")
     write(files.REPORTS / "evaluate.json")
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(GateError, match=message):
         promote.run(encoders.params)
     assert held.versions() == []
 
@@ -172,7 +174,7 @@ def test_features_of_another_encoder_fail_the_parity(encoders, held):
     kept = features.load("pretrained", "test")
     encoders("edges")
     features.save("pretrained", {"test": kept})
-    with pytest.raises(Refused, match=r"parity: smallest cosine to torch: \S+, at least export\.min_cosine=0\.9999"):
+    with pytest.raises(GateError, match=r"parity: smallest cosine to torch: \S+, at least export\.min_cosine=0\.9999"):
         promote.run(encoders.params)
 
 
@@ -183,7 +185,7 @@ def test_a_damaged_champion_stops_the_comparison(encoders, held):
     onnx.chmod(0o644)
     onnx.write_bytes(onnx.read_bytes()[:-1])
     encoders("other")
-    with pytest.raises(Refused, match=r"v1, in production, is damaged: .* another SHA-256.*`barlow rollback` first"):
+    with pytest.raises(GateError, match=r"v1, in production, is damaged: .* another SHA-256.*`barlow rollback` first"):
         promote.run(encoders.params)
 
 
@@ -191,7 +193,7 @@ def test_another_list_of_classes_is_for_people_to_allow(encoders, held, change):
     encoders("edges")
     promote.run(encoders.params)
     encoders("other", classes=("a", "b", "c"))
-    with pytest.raises(Refused, match=r"classes: a, b, c, d became a, b, c; promote\.allow_other_classes=false"):
+    with pytest.raises(GateError, match=r"classes: a, b, c, d became a, b, c; promote\.allow_other_classes=false"):
         promote.run(encoders.params)
     promote.run(change(encoders.params, "promote", allow_other_classes=True))
     assert production(held) == "v2"
@@ -222,7 +224,7 @@ def test_what_was_rolled_back_is_not_promoted_again(encoders, held):
     encoders("other")
     promote.run(encoders.params)
     rollback.run(encoders.params)
-    with pytest.raises(Refused, match=r"this is v2, which was rolled back on 2.*`barlow rollback v2` puts it back"):
+    with pytest.raises(GateError, match=r"this is v2, which was rolled back on 2.*`barlow rollback v2` puts it back"):
         promote.run(encoders.params)
     assert production(held) == "v1"
     rollback.run(encoders.params, "v2")
@@ -276,7 +278,7 @@ def test_the_log_has_each_decision(encoders, held):
     encoders("edges")
     promote.run(encoders.params)
     encoders("noise")
-    with pytest.raises(Refused):
+    with pytest.raises(GateError):
         promote.run(encoders.params)
     entries = [json.loads(path.read_text()) for path in sorted(held.folder.glob("log/*.json"))]
     assert [entry["decision"] for entry in entries] == ["promoted", "refused"]

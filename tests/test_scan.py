@@ -1,4 +1,3 @@
-import io
 import os
 import zlib
 
@@ -7,7 +6,7 @@ import pytest
 from PIL import Image
 
 from barlow import scan
-from barlow.core import files
+from barlow.core import files, images
 from barlow.core.errors import UserError
 from barlow.data import facts
 
@@ -19,9 +18,8 @@ def inside(tmp_path, monkeypatch):
 
 
 def picture(seed, kind="PNG"):
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    return images.encode(Image.fromarray(noise), kind)
 
 
 def fill(root, seeds, *folders):
@@ -40,7 +38,7 @@ def test_scan_changes_only_with_the_files(tmp_path, smoke, change):
         return scan.SOURCE.stat().st_ino, files.read_json(scan.SOURCE)
 
     inode, first = scanned(photos)
-    assert scanned(photos) == (inode, first)  # not even written again
+    assert scanned(photos) == (inode, first)  # the file was not written again
     assert (first["source"], first["files"]) == (str(photos), 4)
     assert first["bytes"] == sum(path.stat().st_size for path in photos.rglob("*.png"))
     os.utime(photos / "cat/0.png", ns=(1, 1))

@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from barlow import ingest, shard
 from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
+from barlow.core.images import encode
 from barlow.data import manifest
 
 
@@ -19,14 +20,8 @@ def picture(seed=0, width=57, height=41, mode="RGB"):
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
-def encode(image, form, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
 def source(data, path="x", split="pretrain", label=-1):
-    """The row of an image, with what ingest says of it."""
+    """The Source of an image file, with the facts that ingest finds."""
     image = images.open_image(data)
     facts = (image.format, image.mode, image.width, image.height, len(data), image.getexif().get(0x0112, 1))
     return shard.Source(path, hashlib.sha256(data).hexdigest(), *facts, split, label)
@@ -42,13 +37,13 @@ def dali_decode(data):
 
 
 def upright(data):
-    """Height and width as Pillow alone has them."""
+    """Height and width by Pillow alone."""
     return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size[::-1]
 
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """`data(rows)` makes a project of images (path, split, class) and returns what was written, by path."""
+    """`data(rows)` makes a project with images (path, split, class) and returns the files' bytes by path."""
     monkeypatch.chdir(tmp_path)
 
     def make(rows):
@@ -178,7 +173,7 @@ def cases():
         for form in ("JPEG", "PNG", "WEBP", "TIFF"):
             action = "change" if form == "TIFF" else "keep"
             yield action, f"{form}-exif-{orientation}", encode(picture(), form, exif=exif)
-    for orientation in (3, 6):  # Pillow turns these, DALI does not
+    for orientation in (3, 6):  # Pillow rotates these, DALI does not
         xmp = XMP % orientation
         yield "change", f"JPEG-xmp-{orientation}", encode(picture(), "JPEG", xmp=xmp)
         yield "change", f"WEBP-xmp-{orientation}", encode(picture(), "WEBP", xmp=xmp)
@@ -201,7 +196,7 @@ def test_dali_decodes_what_is_packed_to_the_pixels_of_images_decode(action, data
 
 def test_max_side_shrinks_upright_and_antialiased(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
     data = encode(noise, "JPEG", quality=95, exif=exif)
     (tmp_path / "x").write_bytes(data)
@@ -212,7 +207,7 @@ def test_max_side_shrinks_upright_and_antialiased(tmp_path):
     assert shrunk.shape == (100, 75, 3)
     oracle = Image.fromarray(images.decode(data)).resize((75, 100), Image.Resampling.LANCZOS)
     difference = np.abs(shrunk.astype(int) - np.asarray(oracle))
-    assert difference.mean() < 4  # what JPEG does to noise
+    assert difference.mean() < 4  # JPEG changes noise that much
     assert difference.max() < 30
 
 
@@ -247,7 +242,9 @@ def test_a_lost_image_stops_the_stage_and_changes_nothing(data, smoke):
     data(ROWS)
     files.write_json(files.SHARDS / webdataset.CLASSES_FILE, ["old"])
     (files.RAW / "u/3.jpg").unlink()
-    with pytest.raises(UserError, match=r"u/3\.jpg cannot be read \(No such file or directory\); run ingest again"):
+    with pytest.raises(
+        UserError, match=r"u/3\.jpg cannot be read \(No such file or directory\); run `barlow ingest` again"
+    ):
         shard.run(smoke)
     assert [path.name for path in files.SHARDS.parent.iterdir() if "shards" in path.name] == ["shards"]
     assert webdataset.classes() == ["old"]
@@ -255,7 +252,7 @@ def test_a_lost_image_stops_the_stage_and_changes_nothing(data, smoke):
 
 def test_a_changed_image_is_named(tmp_path):
     (tmp_path / "x").write_bytes(b"other")
-    with pytest.raises(UserError, match=r"/x has changed since ingest; run ingest again"):
+    with pytest.raises(UserError, match=r"/x has changed since ingest; run `barlow ingest` again"):
         shard.sample(source(encode(picture(), "PNG")), tmp_path, None)
 
 

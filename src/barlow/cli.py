@@ -10,7 +10,7 @@ from dataclasses import fields
 
 from barlow import __version__
 from barlow.core import files
-from barlow.core.errors import DataError, Interrupted, Refused, UserError
+from barlow.core.errors import DataError, GateError, Interrupted, UserError
 from barlow.settings.flags import Flags
 
 STAGES = {
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
             arguments["params"] = params.load()
         importlib.import_module(f"barlow.{command}").run(**arguments)
-    except (UserError, DataError, Interrupted, Refused) as error:
+    except (UserError, DataError, Interrupted, GateError) as error:
         print(f"barlow {command}: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:

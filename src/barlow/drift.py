@@ -1,13 +1,13 @@
 """`barlow drift [RECENT]`: are recent images still like those that the encoder in production was trained on?
 
-Reads a folder of images or a Parquet file of `barlow embed`, and, of the version in production, encoder.onnx and
-reference.npy (embeddings of a sample of what it was trained on). Writes models/drift.json, which also keeps the row of
-breaches from one check to the next.
+Reads a folder of images or a Parquet file of `barlow embed`. Reads encoder.onnx and reference.npy (embeddings of a
+sample of the training images) of the version in production. Writes models/drift.json, which also holds the number of
+breaches in a row.
 
-A breach takes two tests, both on embeddings of unit length. A classifier's AUC says how unlike the samples are, and its
-whole interval must be above drift.max_auc: with many images a harmless difference is significant too. The permutation
-test of MMD is exact at any number of images, which the interval is not. Both take images for independent draws; frames
-of one minute are not, which is why drift is `drift.breaches` in a row.
+A breach needs two tests on unit embeddings to agree. The first is on the size of the difference: the whole interval of
+a classifier's AUC must be above drift.max_auc, since with many images even a harmless difference is significant. The
+second is the permutation test of MMD, which is exact for any number of images; the interval is not. Both tests assume
+independent images. Frames of one minute are not independent, so only `drift.breaches` breaches in a row are drift.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from pyarrow import parquet
 
 from barlow.core import files
 from barlow.core.errors import UserError
-from barlow.encoder.encoder import Encoder, Pixels, Vectors
+from barlow.encoder.encoder import Encoder, Pixels, Vectors, unit
 from barlow.encoder.reading import find, read_ahead
 from barlow.encoder.registry import Registry, Version
-from barlow.production.two_sample import FOLDS, auc, auc_interval, cross_fitted_scores, mmd_test, unit, whitened
+from barlow.production.two_sample import FOLDS, auc, auc_interval, cross_fitted_scores, mmd_test, whitened
 from barlow.settings.params import Drift, Params
 
 PERMUTATIONS = 500
-NAMED = 5  # skipped files that are told by name
+NAMED = 5  # skipped files that are listed by name
 
 
 def run(params: Params, recent: str | None = None) -> None:
-    """Compare, write models/drift.json and print the verdict.
+    """Compare recent images with the reference, write models/drift.json and print the verdict.
 
     Raises:
-        UserError: no recent images are named, nothing is in production, or one of both cannot be used.
+        UserError: no recent images are named, nothing is in production, or either cannot be used.
     """
     p, recent = params.drift, recent or params.drift.recent
     if recent is None:
@@ -68,13 +68,13 @@ def run(params: Params, recent: str | None = None) -> None:
     result |= {"breaches": last.get("breaches", 0), "evidence": last.get("evidence")}
     if len(embeddings) >= p.min_images:
         result["evidence"] = hashlib.sha256(embeddings.tobytes()).hexdigest()[:16]
-        x, y = unit(reference), unit(embeddings)
+        x, y = (unit(rows.astype(np.float64)) for rows in (reference, embeddings))
         scores = cross_fitted_scores(x, y, rng)
         result["auc"] = auc(*scores)
         result["auc_low"], result["auc_high"] = auc_interval(*scores, rng)
         result["mmd2"], result["mmd_p"] = mmd_test(*whitened(x, y), PERMUTATIONS, rng)
         result["breach"] = result["auc_low"] > p.max_auc and result["mmd_p"] <= p.max_p
-        new = result["evidence"] != last.get("evidence")  # the same images again are no second breach
+        new = result["evidence"] != last.get("evidence")  # the same images again do not count twice
         result["breaches"] = result["breaches"] + new if result["breach"] else 0
         result["verdict"] = _verdict(result, p)
     result["drifted"] = result["breach"] and result["breaches"] >= p.breaches
@@ -83,18 +83,18 @@ def run(params: Params, recent: str | None = None) -> None:
 
 
 def newest(folder: Path, most: int) -> list[str]:
-    """Return the files below with an image's suffix that changed last, the newest first; at one time, names from z."""
-    found = []
+    """Return the `most` image files below a folder that changed last, newest first; ties by name, from z to a."""
+    changed = []
     for path in find([folder]):
-        with suppress(OSError):  # gone meanwhile, or a link to nothing
+        with suppress(OSError):  # deleted meanwhile, or a broken link
             status = Path(path).stat()
-            if stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-                found.append((status.st_mtime_ns, path))
-    return [path for _, path in sorted(found, reverse=True)[:most]]
+            if stat.S_ISREG(status.st_mode):  # reading a pipe would block
+                changed.append((status.st_mtime_ns, path))
+    return [path for _, path in sorted(changed, reverse=True)[:most]]
 
 
 def _decoded(paths: list[str], skipped: list[str]) -> Iterator[Pixels]:
-    """Yield what can be decoded; add the other files with their reasons to `skipped`."""
+    """Yield the images that can be decoded; add the other paths, with the reason, to `skipped`."""
     for path, image in read_ahead(paths, files.cpus()):
         if isinstance(image, str):
             skipped.append(_text(f"{path}: {image}"))
@@ -103,7 +103,7 @@ def _decoded(paths: list[str], skipped: list[str]) -> Iterator[Pixels]:
 
 
 def _read_parquet(path: Path, encoder: Encoder, version: Version) -> Vectors:
-    """Return the embeddings (n, dim) in a file of `barlow embed`, of this very encoder."""
+    """Return the embeddings (n, dim) in a file of `barlow embed`; raises UserError if another encoder made them."""
     remedy = f"run `barlow embed FOLDER --model {version.onnx} --out {path}`"
     try:
         with parquet.ParquetFile(path) as file:
@@ -117,7 +117,7 @@ def _read_parquet(path: Path, encoder: Encoder, version: Version) -> Vectors:
     if space != wanted:
         raise UserError(f"drift.recent={path}: embedding space {space}, but {version.name} has {wanted}; {remedy}")
     if [f.type for f in schema if f.name == "embedding"] != [pa.list_(pa.float32(), encoder.dim)]:
-        raise UserError(f"drift.recent={path}: no column embedding with {encoder.dim} float32 a row; {remedy}")
+        raise UserError(f"drift.recent={path}: no column embedding with {encoder.dim} float32 per row; {remedy}")
     values = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     if not np.isfinite(values).all():
         raise UserError(f"drift.recent={path}: an embedding holds NaN or infinity; {remedy}")
@@ -142,7 +142,7 @@ def _sample(rows: Vectors, most: int, rng: np.random.Generator) -> Vectors:
 
 
 def _last(now: dict[str, Any]) -> dict[str, Any]:
-    """Return the last check; nothing where that was of another encoder or cannot be read."""
+    """Return the result of the last check; empty if it was of another encoder or cannot be read."""
     if not files.DRIFT.exists():
         return {}
     try:
@@ -151,7 +151,10 @@ def _last(now: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"breaches={last['breaches']!r}")
         return last if all(last[key] == now[key] for key in ("version", "space")) else {}
     except (OSError, ValueError, LookupError, TypeError) as error:
-        print(f"warning: {files.DRIFT} is none of `barlow drift` ({error!r}); counting anew", file=sys.stderr)
+        print(
+            f"warning: {files.DRIFT} is not a result of `barlow drift` ({error!r}); breaches are counted from 0",
+            file=sys.stderr,
+        )
         return {}
 
 
@@ -166,5 +169,5 @@ def _verdict(result: dict[str, Any], p: Drift) -> str:
 
 
 def _text(path: str) -> str:
-    """Return a path as UTF-8 can hold it, whatever its bytes; `barlow embed` does the same."""
+    """Return a path with the bytes that are not UTF-8 spelled out, as `barlow embed` does."""
     return os.fsencode(path).decode(errors="backslashreplace")

@@ -1,7 +1,7 @@
 """`barlow embed FILES|FOLDER --out vectors.parquet`: embed any number of images, in bounded memory.
 
-Reads models/encoder.onnx. Writes a Parquet file with the columns path, embedding (a fixed-size list of float32) and,
-where a head was fitted, class and probability; the model's metadata, with its embedding space, is in the file's schema.
+Reads models/encoder.onnx. Writes a Parquet file with the columns path, embedding (a fixed-size list of float32) and, if
+the encoder has a head, class and probability. The schema's metadata is that of the encoder, with its embedding space.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from barlow.core.errors import UserError
 from barlow.encoder.encoder import Encoder, Pixels, Vectors, top1
 from barlow.encoder.reading import find, read_ahead
 
-ROW_GROUP = 4096  # rows held before they are written; small row groups make a large file slow to read
+ROW_GROUP = 4096  # rows, at least: a large file with small row groups is slow to read
 
 
 def run(paths: Sequence[Path | str], out: Path | str, model: Path | str = files.ONNX) -> None:
-    """Embed files, and folders with every image below them, into the Parquet file `out`, whole or not at all.
+    """Embed image files, and all images below folders, into the Parquet file `out`, whole or not at all.
 
-    A file that cannot be read costs one line on stderr and its row.
+    A file that cannot be read has no row, and one line on stderr says why.
 
     Raises:
-        UserError: the model cannot be used, `out` is a folder, or not one image could be read.
+        UserError: the model cannot be used, `out` is a folder, or no image could be read.
     """
     if Path(out).is_dir():
         raise UserError(f"--out {out} is a folder; name a file, such as {Path(out) / 'vectors.parquet'}")
     encoder = Encoder(model)
-    names: deque[str] = deque()  # of the images that are decoded and not yet written
+    names: deque[str] = deque()  # of images that are decoded but not yet written
     failed = written = 0
 
     def decoded() -> Iterator[Pixels]:
@@ -59,8 +59,8 @@ def run(paths: Sequence[Path | str], out: Path | str, model: Path | str = files.
             if held:
                 writer.write_table(pa.concat_tables(held))
         if not written:
-            found = f"none of the {failed} files is an image that can be read" if failed else "there is no image"
-            raise UserError(f"{found} in {', '.join(map(str, paths))}; name image files, or a folder of them")
+            problem = f"none of the {failed} files is an image that can be read" if failed else "there is no image"
+            raise UserError(f"{problem} in {', '.join(map(str, paths))}; name image files, or a folder of them")
     print(f"{out}: {written} embeddings of {encoder.dim} values" + (f", {failed} files skipped" if failed else ""))
 
 

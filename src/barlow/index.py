@@ -1,34 +1,32 @@
-"""`barlow index [FILE|FOLDER ...]`: what `barlow serve` searches in: embeddings of images, with thumbnails and a map.
+"""`barlow index [FILE|FOLDER ...]`: write the index that `barlow serve` searches: embeddings, thumbnails and a map.
 
-Reads an ONNX encoder and the images named or, by default, those of the newest index there is, or else those of
-data/shards that it was trained on. Writes models/index/SPACE.npz, where SPACE is the id of the embedding space; so
-indexes of several encoders lie side by side, and one of another encoder is never searched.
+Reads an ONNX encoder and the images that are named. Without names it takes the images of the newest index or, if there
+is none, the training images in data/shards. Writes models/index/SPACE.npz, where SPACE is the id of the embedding
+space. So the indexes of several encoders lie side by side, and no encoder is given another one's.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
 from barlow.core.images import decode
-from barlow.encoder.encoder import MAX_PIXELS, Encoder, Pixels, Vectors
+from barlow.encoder import search
+from barlow.encoder.encoder import MAX_PIXELS, Encoder, Pixels, unit
 from barlow.encoder.reading import find
-from barlow.encoder.search import CANDIDATES, EXACT, KIND, Item, Places, faiss, project, unit
+from barlow.encoder.search import Item
 
-NEIGHBOURS = 32  # HNSW's M
 THUMBNAIL = 64  # px, the longer side
 SAMPLES = 12  # images to try the service with
-AHEAD = 8  # images a processor decodes ahead: photographs of 36 MB each are no trouble
+AHEAD = 8  # images per processor that are decoded ahead: a photograph takes 36 MB
 
 
 def run(
@@ -37,7 +35,7 @@ def run(
     out: Path | str = files.INDEX,
     keep: bool = False,
 ) -> None:
-    """Embed the images and write the index; with `keep`, not if there is one of this embedding space.
+    """Embed the images and write the index; with `keep`, an index of this embedding space is left as it is.
 
     Raises:
         UserError: the model or the images cannot be used, or `out` is a file.
@@ -49,69 +47,47 @@ def run(
     if keep and target.exists():
         print(f"{target} is there")
         return
-    paths = paths or _again(Path(out))
-    items, samples = (_found(paths), None) if paths else _from_shards()
-    names, labels, vectors, thumbnails = list[str](), list[str | None](), list[Vectors](), list[bytes]()
-    kept: list[Item] = []
+    paths = paths or _paths_of_newest(Path(out))
+    items, samples = (_from_paths(paths), None) if paths else _from_shards()
+    thumbnails, first = list[Item](), list[Item]()
 
     def decoded() -> Iterator[Pixels]:
         with ThreadPoolExecutor(files.cpus()) as pool:
             while chunk := list(itertools.islice(items, AHEAD * files.cpus())):
-                for item, found in zip(chunk, pool.map(_read, chunk), strict=True):
-                    if isinstance(found, str):
-                        print(f"barlow index: {item.name}: {found}", file=sys.stderr)
+                for item, image in zip(chunk, pool.map(_decode, chunk), strict=True):
+                    if isinstance(image, str):
+                        print(f"barlow index: {item.name}: {image}", file=sys.stderr)
                         continue
-                    pixels, thumbnail = found
-                    names.append(item.name)
-                    labels.append(item.label)
-                    thumbnails.append(thumbnail)
-                    if samples is None and len(kept) < SAMPLES:
-                        kept.append(item)
+                    pixels, thumbnail = image
+                    thumbnails.append(item._replace(image=thumbnail))
+                    if len(first) < SAMPLES:
+                        first.append(item)
                     yield pixels
 
-    vectors = [unit(embeddings) for embeddings, _ in encoder.run(decoded())]
-    if not names:
+    batches = [unit(embeddings) for embeddings, _ in encoder.run(decoded())]
+    if not batches:
         raise UserError(f"no image in {', '.join(map(str, paths)) or files.SHARDS}; name image files or a folder")
-    kept = kept if samples is None else samples
-    rows = np.concatenate(vectors)
-    if not np.isfinite(rows).all():
+    vectors = np.concatenate(batches)
+    if not np.isfinite(vectors).all():
         raise UserError(f"{model} gives NaN or infinity; run `barlow pretrain` and `barlow export` again")
-    basis = _basis(rows)
-    header: dict[str, Any] = {"kind": KIND, "space": encoder.metadata["space"], "names": names, "labels": labels}
-    header["paths"] = [os.fspath(Path(path).absolute()) for path in paths]
-    header["samples"] = [(item.name, item.label) for item in kept]
-    with files.replacing(target) as temporary, temporary.open("wb") as file:
-        np.savez(
-            file,
-            about=np.frombuffer(json.dumps(header).encode(), np.uint8),
-            vectors=rows if len(rows) <= EXACT else _graph(rows),
-            places=project(rows, basis),
-            basis=basis,
-            offsets=np.cumsum([0, *map(len, thumbnails)]),
-            thumbnails=np.frombuffer(b"".join(thumbnails), np.uint8),
-            sample_sizes=np.array([len(item.image) for item in kept], np.int64),
-            samples=np.frombuffer(b"".join(item.image for item in kept), np.uint8),
-        )
-    print(f"{target}: {len(names)} images, {target.stat().st_size / 2**20:.1f} MiB")
+    absolute = [os.fspath(Path(path).absolute()) for path in paths]
+    search.write(
+        target, encoder.metadata["space"], vectors, thumbnails, first if samples is None else samples, absolute
+    )
+    print(f"{target}: {len(thumbnails)} images, {target.stat().st_size / 2**20:.1f} MiB")
 
 
-def _again(folder: Path) -> list[str]:
-    """Return what the newest index is of; nothing where it is of the training images, or there is none."""
+def _paths_of_newest(folder: Path) -> list[str]:
+    """Return the paths that the newest index was made of; none for the training images, or without an index."""
     newest = max(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime_ns, default=None)
-    if newest is None:
-        return []
-    try:
-        with newest.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            paths: list[str] = json.loads(arrays["about"].tobytes())["paths"]
-    except Exception as error:  # numpy, zipfile, zlib and json each raise their own
-        raise UserError(f"{newest} is no whole index ({error!r:.100}); remove it, or name the images") from None
+    paths = search.indexed_paths(newest) if newest else []
     if paths:
         print(f"of {', '.join(paths)}, as {newest} is")
     return paths
 
 
-def _found(paths: Iterable[Path | str]) -> Iterator[Item]:
-    """Yield files; a folder's name is the label of what lies in it, where that is in a folder that was named."""
+def _from_paths(paths: Iterable[Path | str]) -> Iterator[Item]:
+    """Yield the image files; below a folder that was named, the label is the name of the innermost folder."""
     for path in paths:
         for name in find([path]):
             readable = os.fsencode(name).decode(errors="backslashreplace")  # JSON has no other bytes
@@ -124,7 +100,7 @@ def _found(paths: Iterable[Path | str]) -> Iterator[Item]:
 
 
 def _from_shards() -> tuple[Iterator[Item], list[Item]]:
-    """Return the training images, each once, and a few test images, of each class in turn."""
+    """Return the training images, each once, and a few test images: one per class in turn."""
     names, classes = _names(), webdataset.classes() if (files.SHARDS / webdataset.CLASSES_FILE).exists() else []
 
     def item(sample: webdataset.Sample) -> Item:
@@ -147,7 +123,7 @@ def _from_shards() -> tuple[Iterator[Item], list[Item]]:
 
 
 def _names() -> dict[str, str]:
-    """Return the paths of the accepted images by their keys in the shards; none where the manifest is gone."""
+    """Return the paths of the accepted images by their keys in the shards; none without data/accepted.parquet."""
     if not files.ACCEPTED.exists():
         return {}
     from pyarrow import parquet  # comes with the stage that wrote the file
@@ -156,28 +132,10 @@ def _names() -> dict[str, str]:
     return {sha256[:24]: path for path, sha256 in zip(rows["path"], rows["sha256"], strict=True)}
 
 
-def _read(item: Item) -> tuple[Pixels, bytes] | str:
-    """Return the image's pixels and its thumbnail, or why there are none."""
+def _decode(item: Item) -> tuple[Pixels, bytes] | str:
+    """Return the image's pixels and its thumbnail, or the reason why it cannot be decoded."""
     try:
         pixels = decode(item.image, MAX_PIXELS)
     except ValueError as error:
         return str(error)
     return pixels, images.jpeg(pixels, THUMBNAIL)
-
-
-def _basis(rows: Vectors) -> Places:
-    """Return what `search.project` needs: mean, two principal axes and the scale of the map, (4, dim)."""
-    mean = rows.mean(0)
-    covariance = (rows - mean).T @ (rows - mean)
-    axes = np.linalg.eigh(covariance)[1][:, :-3:-1].T  # of the two largest variances
-    extent = max(float(np.abs((rows - mean) @ axes.T).max()), 1e-6)
-    return np.stack([mean, *axes, np.full_like(mean, extent)])
-
-
-def _graph(rows: Vectors) -> Any:
-    """Return a navigable graph over the vectors, serialised as bytes (n,)."""
-    library = faiss()
-    graph = library.IndexHNSWFlat(rows.shape[1], NEIGHBOURS, library.METRIC_INNER_PRODUCT)
-    graph.hnsw.efConstruction = CANDIDATES
-    graph.add(rows)
-    return library.serialize_index(graph)

@@ -1,8 +1,8 @@
-"""`barlow ingest`: read every image of `ingest.source` once, in full, and write down what it is.
+"""`barlow ingest`: decode every image of `ingest.source` once and write the manifest, one row per file.
 
-Reads `ingest` of params.yaml and the source; writes data/raw (what it makes or downloads itself; else empty) and
-data/manifest.parquet. A cache, data/.ingest.parquet, lets the next run decode only what is new or changed.
-`barlow scan` writes data/source.json, a cheap fingerprint of the source, for DVC to see that images were added.
+Reads `ingest` of params.yaml and the source. Writes data/manifest.parquet and data/raw, which holds images only if
+ingest makes or downloads them. Thanks to a cache, data/.ingest.parquet, the next run decodes only new or changed files.
+`barlow scan` tells DVC that the source has changed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ from barlow.data.facts import FACTS
 from barlow.settings.params import Ingest, Params
 
 CACHE = Path("data/.ingest.parquet")
-KEY = ["path", "bytes", "mtime_ns"]  # a file for which these are as before is not read again
+KEY = ["path", "bytes", "mtime_ns"]  # if these are the same, the file is not read again
 
 
 def run(params: Params) -> None:
-    """Run the stage."""
+    """Run the stage.
+
+    Raises:
+        UserError: the source or the machine cannot be used.
+        Interrupted: SIGTERM or SIGINT came.
+    """
     sources.require_platform()
     p = params.ingest
     sources.prepare(p)
@@ -44,7 +49,7 @@ def run(params: Params) -> None:
     table = _set(table, "split", _splits(table, p))
     manifest.write(table)
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(table["split"]).to_pylist()}
-    lost = table["sha256"].null_count  # no such file, or not one to read: these are tried again each time
+    lost = table["sha256"].null_count  # missing or unreadable files, which every run tries again
     unreadable = f", {lost} unreadable" if lost else ""
     print(f"{table.num_rows} images: {new.num_rows - lost} new or changed, {cached.num_rows} cached{unreadable}")
     print(f"splits: {', '.join(f'{split} {counts[split]}' for split in manifest.SPLITS if split in counts)}")
@@ -55,13 +60,13 @@ def run(params: Params) -> None:
 
 
 def _read(new: pa.Table, cached: pa.Table, p: Ingest) -> pa.Table:
-    """Read the new files and return them with their facts; all that is known by then goes into the cache.
+    """Read the new files and return them with their facts; write the cache, even when interrupted.
 
     Raises:
         Interrupted: SIGTERM or SIGINT came; the next run goes on from there.
     """
     batches: list[pa.RecordBatch] = []
-    on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
     try:
         with closing(facts.read_all(manifest.root(p), new["path"].to_pylist(), p.max_pixels)) as reading:
             for batch in reading:
@@ -84,7 +89,7 @@ def _set(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
 
 
 def _labels(table: pa.Table, p: Ingest) -> pa.Array:
-    """Return the source's labels; none if params say so or if they tell nothing apart."""
+    """Return the source's labels; nulls if `ingest.labels` says so or if there is only one class."""
     classes = pc.unique(table["label"].filter(table["error"].is_null()).drop_null())
     if p.labels == "folders" and len(classes) >= 2:
         return table["label"]
@@ -94,18 +99,18 @@ def _labels(table: pa.Table, p: Ingest) -> pa.Array:
 
 
 def _splits(table: pa.Table, p: Ingest) -> pa.Array:
-    """Return each image's split: as the source says, else by content; a missing `val` is carved out of `train`."""
+    """Return each image's split: the source's, else by a hash of the content; a missing `val` is drawn from `train`."""
     digests = table["sha256"].fill_null("f" * 64).to_pylist()
-    given, unlabelled = table["split"].combine_chunks(), table["label"].combine_chunks().is_null()
-    free = pa.array(manifest.hash_split(digests, p.val_fraction, p.test_fraction), pa.string())
-    carved = pa.array(manifest.hash_split(digests, p.val_fraction, 0), pa.string())
-    no_val = not pc.any(pc.equal(given, "val")).as_py()
-    split = pc.coalesce(pc.if_else(pc.and_(pc.equal(given, "train"), no_val), carved, given), free)
+    named, unlabelled = table["split"].combine_chunks(), table["label"].combine_chunks().is_null()
+    drawn = pa.array(manifest.hash_split(digests, p.val_fraction, p.test_fraction), pa.string())
+    train_or_val = pa.array(manifest.hash_split(digests, p.val_fraction, 0), pa.string())
+    no_val = not pc.any(pc.equal(named, "val")).as_py()
+    split = pc.coalesce(pc.if_else(pc.and_(pc.equal(named, "train"), no_val), train_or_val, named), drawn)
     return pc.if_else(pc.and_(pc.equal(split, "train"), unlabelled), "pretrain", split)
 
 
 def _warn_of_missing_labels(table: pa.Table, named: list[str], p: Ingest) -> None:
-    """Say so where there are labels and yet no accuracy will be measured; `named` are the splits the source names."""
+    """Warn if there are labels but no accuracy can be measured; `named` are the splits that the source names."""
     labelled = pc.unique(table["split"].filter(pc.and_(table["label"].is_valid(), table["error"].is_null())))
     lacking = [split for split in ("train", "val", "test") if split not in labelled.to_pylist()]
     if not lacking or not len(labelled):
@@ -125,20 +130,20 @@ def _warn_of_missing_labels(table: pa.Table, named: list[str], p: Ingest) -> Non
 
 
 def _cache_key(p: Ingest) -> bytes:
-    """What decides a file's facts besides the file: where it lies, the bound on pixels, and the code that reads it."""
+    """Return what a file's facts depend on besides the file: its folder, ingest.max_pixels and the code."""
     code = [files.sha256(module) for module in (facts.__file__, images.__file__)]
     return json.dumps([str(manifest.root(p).resolve()), p.max_pixels, PIL.__version__, *code]).encode()
 
 
 def _read_cache(p: Ingest) -> pa.Table:
-    """Return the FACTS that an earlier run found, by KEY; none if they do not apply."""
+    """Return the FACTS of earlier runs with their KEY columns; none if the cache is missing, damaged or outdated."""
     empty = pa.schema([*(sources.LISTING.field(name) for name in KEY), *FACTS]).empty_table()
     if not CACHE.exists():
         return empty
     try:
         table = pq.read_table(CACHE)
     except (OSError, pa.ArrowException):
-        print(f"{CACHE} is damaged: every image is read anew")
+        print(f"{CACHE} is damaged, so every image is read again")
         return empty
     if (table.schema.metadata or {}).get(b"barlow") != _cache_key(p) or not table.schema.equals(empty.schema):
         return empty
@@ -146,7 +151,7 @@ def _read_cache(p: Ingest) -> pa.Table:
 
 
 def _write_cache(table: pa.Table, p: Ingest) -> None:
-    """Keep the facts of the files that could be read, decoded or not."""
+    """Write the facts of the files that could be read, whether or not they could be decoded."""
     table = table.filter(table["sha256"].is_valid()).select([*KEY, *FACTS.names])
     with files.replacing(CACHE) as temporary:
         pq.write_table(table.replace_schema_metadata({b"barlow": _cache_key(p)}), temporary)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from barlow.core import files
-from barlow.core.errors import Refused
+from barlow.core.errors import GateError
 from barlow.encoder.encoder import Encoder
 from barlow.encoder.registry import Registry, Version, now
 from barlow.evaluation import tables
@@ -35,7 +35,7 @@ def run(params: Params, check: bool = False) -> None:
 
     Raises:
         UserError: there is no encoder, code or settings are not committed, or the registry cannot be written.
-        Refused: the gate does not let it through.
+        GateError: the gate does not let it through.
         Interrupted: another process is promoting.
     """
     registry = Registry(params.promote.registry)
@@ -59,7 +59,7 @@ def run(params: Params, check: bool = False) -> None:
     files.write_json(files.DECISION, decision)
     text = f"{decision['decision']}: {decision['reason']}"
     if decision["decision"] == "refused":
-        raise Refused(f"{text}; in production is {decision['production'] or 'nothing'}")
+        raise GateError(f"{text}; in production is {decision['production'] or 'nothing'}")
     print(f"{text}; in production is {decision['production']}")
 
 
@@ -97,7 +97,7 @@ def decide(params: Params, registry: Registry, champion: Version | None) -> dict
             decision["figures"][champion.name] = standing.figures()
             checks += gate.against(found, standing, params)
         checks += gate.latency(challenger, incumbent, params)
-    except (Refused, FileNotFoundError) as error:
+    except (GateError, FileNotFoundError) as error:
         return outcome("refused", str(error))
     decision["checks"] = {c.name: {"passed": c.passed, "text": c.text} for c in checks}
     if failed := [c for c in checks if not c.passed]:
@@ -117,7 +117,7 @@ def _finite(stages: dict[str, dict[str, Any]]) -> None:
     for stage, values in stages.items():
         for key, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise Refused(f"{key} in {files.REPORTS / stage}.json is {value}")
+                raise GateError(f"{key} in {files.REPORTS / stage}.json is {value}")
 
 
 def _add(params: Params, registry: Registry, decision: dict[str, Any]) -> Version:

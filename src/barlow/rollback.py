@@ -1,4 +1,4 @@
-"""`barlow rollback [VERSION]`: put an earlier version back into production; needs nothing but the registry."""
+"""`barlow rollback [VERSION]`: put an earlier version back into production; reads and writes only the registry."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from barlow.settings.params import Params
 
 
 def run(params: Params, version: str | None = None) -> None:
-    """Put `version` into production or, with None, the one before; the one that is there is marked as withdrawn.
+    """Put `version`, by default the one before, into production; mark the current version as withdrawn.
 
     Raises:
         UserError: there is no such version, or it is damaged.
-        Interrupted: another process is promoting.
+        Interrupted: another process holds the registry's lock.
     """
     registry = Registry(params.promote.registry)
     with registry.locked():
         try:
             current = registry.production()
-        except UserError:  # it is gone, which may be why somebody calls this
+        except UserError:  # the version in production is gone, which may be the reason for the rollback
             if version is None:
                 raise
             current = None

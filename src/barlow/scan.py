@@ -1,4 +1,4 @@
-"""`barlow scan`: a cheap fingerprint of the source, for DVC to see that images were added.
+"""`barlow scan`: write a cheap fingerprint of the source, by which DVC sees that images were added or changed.
 
 Reads `ingest` of params.yaml and the source's list of files. Writes data/source.json.
 """
@@ -19,21 +19,21 @@ SOURCE = Path("data/source.json")
 
 
 def run(params: Params) -> None:
-    """Write data/source.json, the source's name and a hash over its files' names, sizes and times, if that changed.
+    """Write data/source.json, if it changed: the source and a hash of the paths, sizes and times of its files.
 
     Raises:
-        UserError: as `run` does for a source that is missing, empty or malformed.
+        UserError: the source is missing, empty or malformed, or the machine cannot be used.
     """
     p = params.ingest
     sources.require_platform()
     sources.check(p.source)
-    found: dict[str, Any] = {"source": p.source}
+    fingerprint: dict[str, Any] = {"source": p.source}
     if not manifest.is_made(p.source):
         listing, _ = sources.find(p)
         digest = hashlib.sha256()
         for row in zip(*(listing[name].to_pylist() for name in listing.column_names), strict=True):
             digest.update(repr(row).encode())
-        found |= {"files": listing.num_rows, "bytes": pc.sum(listing["bytes"]).as_py() or 0}
-        found |= {"listing_sha256": digest.hexdigest()}
-    if not SOURCE.exists() or files.read_json(SOURCE) != found:
-        files.write_json(SOURCE, found)
+        fingerprint |= {"files": listing.num_rows, "bytes": pc.sum(listing["bytes"]).as_py() or 0}
+        fingerprint |= {"listing_sha256": digest.hexdigest()}
+    if not SOURCE.exists() or files.read_json(SOURCE) != fingerprint:
+        files.write_json(SOURCE, fingerprint)

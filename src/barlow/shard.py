@@ -1,8 +1,7 @@
-"""`barlow shard`: pack the accepted images into WebDataset tars, each split shuffled once over all of its images.
+"""`barlow shard`: pack the accepted images into WebDataset tars; each split is shuffled once, as a whole.
 
-Reads data/accepted.parquet and the images. Writes data/shards/{pretrain,train,val,test}-NNNNNN.tar, beside each an
-.idx and a .npy, and classes.json. `pretrain` holds whatever may be looked at without labels, so the images of train as
-well.
+Reads data/accepted.parquet and the images. Writes data/shards/{pretrain,train,val,test}-NNNNNN.tar, an .idx and a .npy
+beside each, and classes.json. `pretrain` also holds the images of `train`, without their labels.
 """
 
 from __future__ import annotations
@@ -25,12 +24,13 @@ from barlow.core.errors import UserError
 from barlow.data import manifest
 from barlow.settings.params import Params
 
-# What DALI decodes to the same pixels as `images.decode`, in modes L and RGB. MPO is a JPEG with more images behind it.
+# Files of these formats are kept as they are in modes L and RGB, in which DALI decodes them to the same pixels as
+# `images.decode`. An MPO file is a JPEG file with more images after the first.
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 class Source(NamedTuple):
-    """An image to pack: columns of the manifest, with the class as an index."""
+    """An image to pack: columns of the manifest, where `label` is the index of the class, or -1."""
 
     path: str
     sha256: str
@@ -45,10 +45,10 @@ class Source(NamedTuple):
 
 
 def run(params: Params) -> None:
-    """Pack data/accepted.parquet; data/shards is complete afterwards, or as it was.
+    """Pack the accepted images. If it fails, data/shards stays as it was.
 
     Raises:
-        UserError: there is nothing to pretrain on, or an image is gone or not the one that was ingested.
+        UserError: there is nothing to pretrain on, or an image is gone or has changed since ingest.
     """
     sources, classes = read_sources()
     root = manifest.root(params.ingest)
@@ -71,7 +71,7 @@ def run(params: Params) -> None:
 
 
 def read_sources(path: Path = files.ACCEPTED) -> tuple[list[Source], list[str]]:
-    """Return the accepted images, and the sorted class names that their labels are indexes of."""
+    """Return the accepted images and the sorted class names; a label is an index into these."""
     columns: dict[str, list[Any]] = manifest.read(path).select(Source._fields).to_pydict()
     classes = sorted(set(columns["label"]) - {None})
     indexes = {None: -1} | {name: i for i, name in enumerate(classes)}
@@ -80,7 +80,7 @@ def read_sources(path: Path = files.ACCEPTED) -> tuple[list[Source], list[str]]:
 
 
 def plan(sources: Iterable[Source], seed: int, max_bytes: int) -> dict[str, list[Source]]:
-    """Return what each tar holds, by its name: the same for the same images, in whatever order they come."""
+    """Return the images of each tar by its name, the same for the same images in any order."""
     splits: dict[str, list[Source]] = {split: [] for split in manifest.SPLITS}
     for source in sorted(sources, key=lambda source: (source.sha256, source.path)):
         if source.split in ("pretrain", "train"):
@@ -96,7 +96,7 @@ def plan(sources: Iterable[Source], seed: int, max_bytes: int) -> dict[str, list
 
 
 def _cut(sources: list[Source], max_bytes: int) -> Iterator[list[Source]]:
-    """Yield runs of at most `max_bytes` of images as ingested; a larger image is a run of its own."""
+    """Yield runs of images whose files have at most `max_bytes` together; a larger file is a run of its own."""
     chunk: list[Source] = []
     total = 0
     for source in sources:
@@ -110,7 +110,7 @@ def _cut(sources: list[Source], max_bytes: int) -> Iterator[list[Source]]:
 
 
 def pack_all(tars: dict[Path, list[Source]], root: Path, max_side: int | None) -> None:
-    """Write all tars, a process each; the number of processes changes nothing in them."""
+    """Write all tars, in one process per CPU; the number of processes does not change their bytes."""
     with (
         # Not fork: torch, tqdm or a test runner may have started threads in this process.
         ProcessPoolExecutor(files.cpus(), get_context("forkserver")) as pool,
@@ -131,19 +131,19 @@ def pack(path: Path, sources: list[Source], root: Path, max_side: int | None) ->
 
 
 def sample(source: Source, root: Path, max_side: int | None) -> webdataset.Sample:
-    """Read one image: its own bytes, unless it has to be shrunk or DALI would decode it differently.
+    """Read one image. Its file is kept as it is, unless it is too large or DALI would decode other pixels.
 
     Raises:
-        UserError: the file is gone or not the one that was ingested.
+        UserError: the file is gone or has changed since ingest.
     """
     try:
         data = (root / source.path).read_bytes()
     except OSError as error:
-        raise UserError(f"{root / source.path} cannot be read ({error.strerror}); run ingest again") from None
+        raise UserError(f"{root / source.path} cannot be read ({error.strerror}); run `barlow ingest` again") from None
     if hashlib.sha256(data).hexdigest() != source.sha256:
-        raise UserError(f"{root / source.path} has changed since ingest; run ingest again")
+        raise UserError(f"{root / source.path} has changed since ingest; run `barlow ingest` again")
     height, width = source.height, source.width
-    if (source.orientation or 1) >= 5:  # EXIF: turned by a quarter
+    if (source.orientation or 1) >= 5:  # in EXIF: rotated by 90 degrees
         height, width = width, height
     if max_side is not None and max(width, height) > max_side:
         (data, (width, height)), extension = shrunk(data, max_side), "jpg"
@@ -155,17 +155,17 @@ def sample(source: Source, root: Path, max_side: int | None) -> webdataset.Sampl
 
 
 def shrunk(data: bytes, max_side: int) -> tuple[bytes, tuple[int, int]]:
-    """Return an image file as a JPEG of at most `max_side` pixels a side, and its width and height."""
+    """Return an image as a JPEG file whose longer side has at most `max_side` pixels, and its width and height."""
     image = Image.fromarray(images.decode(data, formats=images.INGESTED))
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return images.encode(image, "JPEG", quality=95, subsampling=0), image.size
 
 
 def _dali_turns(data: bytes, orientation: int) -> bool:
-    """Tell whether DALI too finds the orientation: it looks in EXIF only, Pillow in XMP as well."""
+    """Tell whether DALI finds the orientation that Pillow found: DALI looks in EXIF only, Pillow in XMP as well."""
     if orientation == 1:
         return True
-    Image.MAX_IMAGE_PIXELS = None  # ingest.max_pixels was kept to by ingest; only the header is read here
+    Image.MAX_IMAGE_PIXELS = None  # ingest has applied ingest.max_pixels; only the header is read here
     exif = Image.Exif()
     exif.load(Image.open(io.BytesIO(data)).info.get("exif", b""))
     return bool(exif.get(0x0112) == orientation)

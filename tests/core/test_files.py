@@ -4,6 +4,7 @@ import math
 import pytest
 
 from barlow.core import files
+from barlow.core.errors import UserError
 
 
 def test_replacing_writes_whole(tmp_path):
@@ -38,6 +39,31 @@ def test_json_is_sorted_and_refuses_nan(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(path, {"a": math.nan})
     assert files.read_json(path) == {"a": "é", "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("hint", "end"),
+    [([], ", or `dvc repro` for all that is needed"), (["; then try again"], "; then try again"), ([""], "")],
+)
+def test_what_is_required_must_exist(tmp_path, hint, end):
+    path = tmp_path / "none.json"
+    for missing in (path, str(path)):
+        with pytest.raises(UserError) as caught:
+            files.require(missing, "report", *hint)
+        assert str(caught.value) == f"{path} is missing; run `barlow report`{end}"
+
+
+def test_a_file_and_a_folder_are_there_and_a_broken_link_is_not(tmp_path):
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "broken").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    for name in ("empty", "folder", "link"):
+        files.require(tmp_path / name, "report")
+    for name in ("broken", "circle"):
+        with pytest.raises(UserError, match=rf"{name} is missing"):
+            files.require(tmp_path / name, "report")
 
 
 def test_sha256(tmp_path):

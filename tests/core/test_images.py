@@ -84,7 +84,7 @@ def test_16_bits_are_scaled_to_8(kind):
 
 
 def test_exif_orientation():
-    upright = {  # EXIF 2.3, 4.6.4: what the stored rows and columns mean
+    upright = {  # EXIF 2.3, 4.6.4: the stored pixels, upright
         1: lambda a: a,
         2: np.fliplr,
         3: lambda a: np.rot90(a, 2),
@@ -138,7 +138,7 @@ def test_broken_files_have_a_reason_of_one_line(data, reason):
 
 
 def png_header(width, height):
-    """A PNG that ends after its header: whoever decodes it finds it truncated."""
+    """A PNG that ends after its header, so decoding fails as truncated."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = b"IDAT" + zlib.compress(b"\0")
     chunks = [
@@ -159,7 +159,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpa
 
 
 def iptc(content):
-    """An IPTC file that says 10 x 10 pixels and that `content` is a JPEG, which no reader checks."""
+    """An IPTC file whose header says 10 x 10 pixels in JPEG; no reader checks `content` against the header."""
     fields = [(3, 60, b"\1\0"), (3, 20, b"\0\x0a"), (3, 30, b"\0\x0a"), (3, 120, b"\0\5"), (8, 10, content)]
     return b"".join(struct.pack(">BBBH", 0x1C, record, tag, len(data)) + data for record, tag, data in fields)
 
@@ -191,23 +191,26 @@ def test_a_large_image_in_a_small_container_is_not_decoded(kind):
 
 
 def every_other_format():
-    """A small picture in each format that Pillow writes and that is not decoded, and starts of some it only reads."""
+    """A small picture in each format that Pillow writes and we refuse, and the first bytes of formats it only reads."""
     Image.init()
-    found = {"FITS": b"SIMPLE  =                    T".ljust(2880), "QOI": b"qoif" + struct.pack(">IIBB", 9, 9, 3, 0)}
-    found["XPM"] = b'/* XPM */ static char * a[] = {\n"9 9 1 1",\n"a c #000000",\n'
+    contents = {
+        "FITS": b"SIMPLE  =                    T".ljust(2880),
+        "QOI": b"qoif" + struct.pack(">IIBB", 9, 9, 3, 0),
+    }
+    contents["XPM"] = b'/* XPM */ static char * a[] = {\n"9 9 1 1",\n"a c #000000",\n'
     for kind in sorted(set(Image.SAVE) - {*images.INGESTED, "PDF"}):
         for mode in ("RGB", "P", "1", "F"):
             try:
-                found[kind] = encode(Image.new(mode, (16, 16)), kind)
+                contents[kind] = encode(Image.new(mode, (16, 16)), kind)
                 break
             except (OSError, ValueError, KeyError, DeprecationWarning):
                 continue
-    return found
+    return contents
 
 
 @pytest.mark.parametrize("formats", [images.FORMATS, images.INGESTED])
 def test_no_other_format_is_opened(monkeypatch, formats):
-    """Not even its header is read: that of BLP, JPEG 2000 or FITS is where time and memory went."""
+    """Not even the header is read: reading that of BLP, JPEG 2000 or FITS took too much time and memory."""
     data = every_other_format()
     assert {"BLP", "DDS", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "TGA"} <= set(data)
 
@@ -252,3 +255,21 @@ def test_other_warnings_stay_on():
     images.decode(JPEG)
     with pytest.warns(UserWarning, match="mine"):
         warnings.warn("mine", UserWarning, stacklevel=1)
+
+
+def test_encoding_is_undone_by_pillow():
+    png = Image.open(io.BytesIO(images.encode(Image.fromarray(RGB), "PNG")))
+    assert png.format == "PNG"
+    np.testing.assert_array_equal(np.asarray(png), RGB)
+    noise = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    small, large = (len(images.encode(noise, "JPEG", quality=quality)) for quality in (20, 95))
+    assert small < large
+
+
+@pytest.mark.parametrize(("size", "wanted"), [((300, 60), (50, 10)), ((60, 300), (10, 50)), ((50, 20), (50, 20))])
+def test_a_thumbnail_is_a_jpeg_that_is_never_enlarged(size, wanted):
+    width, height = size
+    pixels = np.broadcast_to(np.array([200, 90, 10], np.uint8), (height, width, 3))
+    thumbnail = Image.open(io.BytesIO(images.jpeg(pixels, 50)))
+    assert (thumbnail.format, thumbnail.size) == ("JPEG", wanted)
+    assert np.abs(np.asarray(thumbnail).astype(int) - [200, 90, 10]).max() <= 2

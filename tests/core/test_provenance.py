@@ -1,9 +1,9 @@
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from barlow.core import provenance
@@ -15,22 +15,67 @@ def test_packages_are_those_that_the_pipeline_runs_on():
     assert "pytest" not in versions
 
 
-def test_the_revision_tells_a_changed_checkout(tmp_path, monkeypatch):
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A git repository whose one commit holds params.yaml; it is the working folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert provenance.revision() == "not in a git repository"
     (tmp_path / "params.yaml").write_text("a: 1")
     identity = ["-c", "user.name=n", "-c", "user.email=e"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "m"]):
         subprocess.run(["git", *command], check=True)
-    assert re.fullmatch("[0-9a-f]{40}", provenance.revision())
-    (tmp_path / "params.yaml").write_text("a: 2")
+    return tmp_path
+
+
+@pytest.fixture
+def no_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+
+def test_git_returns_what_it_prints(repository, monkeypatch):
+    (repository / "ä b.txt").write_text("x")
+    assert provenance.git("ls-files", "-z", "--others") == "ä b.txt\0"
+    (repository / "inner").mkdir()
+    assert provenance.git("rev-parse", "--show-prefix", project=repository / "inner") == "inner/"
+    monkeypatch.chdir("/")
+    assert provenance.git("ls-files", project=repository) == "params.yaml"
+    inside = {"GIT_DIR": str(repository / ".git")}
+    assert provenance.git("ls-tree", "--name-only", "HEAD", environment=inside) == "params.yaml"
+
+
+def test_git_that_fails_says_why(repository):
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        provenance.git("rev-parse", "--verify", "nowhere")
+    assert "fatal: " in caught.value.stderr
+
+
+def test_the_commit_is_that_of_head(repository):
+    named = (repository / ".git" / (repository / ".git/HEAD").read_text().split()[1]).read_text().strip()
+    assert provenance.commit() == named
+
+
+def test_without_a_repository_or_without_git_there_is_no_commit(no_repository, monkeypatch):
+    assert provenance.commit() is None
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert provenance.commit() is None
+    assert provenance.revision() == "not in a git repository"
+
+
+def test_a_repository_without_a_commit_has_none(no_repository):
+    subprocess.run(["git", "init", "-q"], check=True)
+    assert provenance.commit() is None
+
+
+def test_the_revision_tells_a_changed_checkout(repository):
+    assert provenance.revision() == provenance.commit()
+    (repository / "params.yaml").write_text("a: 2")
     assert provenance.revision().endswith(", with uncommitted changes in params.yaml")
-    assert re.fullmatch("[0-9a-f]{40}", provenance.revision(["src"]))
+    assert provenance.revision(["src"]) == provenance.commit()
 
 
 def test_the_code_of_a_run_is_what_pretraining_imports(tmp_path, monkeypatch):
-    """A comment in the service leaves a run's checkpoints what they are; one in the loss makes it another run."""
+    """A comment in the service does not change the hash; one in the loss does, and starts another run."""
     package = shutil.copytree(provenance.PACKAGE, tmp_path / "barlow")
     monkeypatch.setattr(provenance, "PACKAGE", package)
     before = provenance.code_hash("pretrain")

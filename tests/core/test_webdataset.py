@@ -29,7 +29,7 @@ def test_read_returns_what_was_written(tar):
 
 @pytest.fixture
 def three_tars(tar):
-    """One has two samples, one none, one the others."""
+    """Three tars: one with two samples, one with none, one with the rest."""
     parts = [SAMPLES[:2], [], SAMPLES[2:]]
     for i, part in enumerate(parts):
         webdataset.write(tar.with_name(f"pretrain-{i:06d}.tar"), part)
@@ -54,7 +54,7 @@ def test_samples_of_more_tars_than_are_kept_open(three_tars, monkeypatch):
     monkeypatch.setattr(webdataset, "OPEN_TARS", 1)
     samples = webdataset.Samples(three_tars)
     for _ in range(3):
-        samples.ask(np.array([6, 1, 5]))
+        samples.prefetch(np.array([6, 1, 5]))
         held = samples.read(np.array([6, 1, 5, 0]))
         assert [data.tobytes() for data in held] == [SAMPLES[i].data for i in (6, 1, 5, 0)]
 
@@ -136,7 +136,7 @@ def test_digest_tells_content_and_order(tar, tmp_path, other):
 
 
 def both(tar):
-    """The two ways to read a tar, to its end."""
+    """The two ways to read a tar, each to its end."""
     return (lambda: list(webdataset.read([tar])), lambda: webdataset.Samples([tar]).read(np.array([0, 6])))
 
 
@@ -156,9 +156,9 @@ def test_damage_is_named(tar):
     with pytest.raises(UserError, match=r"train-000000.idx is damaged: 0 samples after ''"):
         webdataset.count([tar])
     webdataset.index(tar).unlink()
-    with pytest.raises(UserError, match=r"train-000000.idx is missing"):
+    with pytest.raises(UserError, match=r"train-000000.idx is missing; run `barlow shard`"):
         webdataset.count([tar])
-    with pytest.raises(UserError, match=r"train-000000.idx is missing"):
+    with pytest.raises(UserError, match=r"train-000000.idx is missing; run `barlow shard`"):
         webdataset.Samples([tar])
 
 
@@ -174,15 +174,15 @@ SIDES = np.ones((7, 2), np.int32)
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (None, r"is missing"),
-        (b"", r"is damaged: "),
-        (b"I am a text.\n", r"is damaged: "),
-        (npy(SIDES)[:-1], r"is damaged: "),
-        (npy(SIDES)[:60], r"is damaged: "),
-        (npy(SIDES.astype(object)), r"is damaged: "),
-        (npy(SIDES[1:]), r"is damaged: int32 of shape \(6, 2\) for 7 samples"),
-        (npy(SIDES.ravel()), r"is damaged: int32 of shape \(14,\) for 7 samples"),
-        (npy(SIDES.astype(np.int64)), r"is damaged: int64 of shape \(7, 2\) for 7 samples"),
+        (None, r"is missing; run `barlow shard`"),
+        (b"", r"is damaged: .*; run `barlow shard` again"),
+        (b"I am a text.\n", r"is damaged: .*; run `barlow shard` again"),
+        (npy(SIDES)[:-1], r"is damaged: .*; run `barlow shard` again"),
+        (npy(SIDES)[:60], r"is damaged: .*; run `barlow shard` again"),
+        (npy(SIDES.astype(object)), r"is damaged: .*; run `barlow shard` again"),
+        (npy(SIDES[1:]), r"is damaged: int32 of shape \(6, 2\) for 7 samples; run `barlow shard` again"),
+        (npy(SIDES.ravel()), r"is damaged: int32 of shape \(14,\) for 7 samples; run `barlow shard` again"),
+        (npy(SIDES.astype(np.int64)), r"is damaged: int64 of shape \(7, 2\) for 7 samples; run `barlow shard` again"),
     ],
 )
 def test_damaged_sides_are_named(tar, content, why):
@@ -191,5 +191,5 @@ def test_damaged_sides_are_named(tar, content, why):
     if content is not None:
         sides.write_bytes(content)
     for read in both(tar):
-        with pytest.raises(UserError, match=rf"train-000000.npy {why}.*; run `barlow shard` again"):
+        with pytest.raises(UserError, match=rf"train-000000.npy {why}"):
             read()

@@ -26,12 +26,12 @@ def site(tmp_path_factory, smoke):
     suites = expectations.suites(dataclasses.replace(smoke.validate, min_decodable_fraction=0.7))
     context = expectations.new_context(site)
     table = pd.DataFrame({"path": ["a", EVIL, "c", "d"], "error": [None, "broken", None, "broken"]})
-    found = expectations.check(context, "files", table, suites["files"])
-    found += expectations.check(
+    outcomes = expectations.check(context, "files", table, suites["files"])
+    outcomes += expectations.check(
         context, "drift", pd.DataFrame({"name": ["all"], "brightness": 0.25, "contrast": 0.1}), suites["drift"]
     )
-    expectations.write_docs(context, site, found)
-    return site, found
+    expectations.write_docs(context, site, outcomes)
+    return site, outcomes
 
 
 def test_outcomes(site):
@@ -56,7 +56,7 @@ def test_data_docs_are_whole_run_no_script_and_load_nothing(site):
     folder, _ = site
     pages = {page.relative_to(folder).as_posix(): page.read_text(encoding="utf-8") for page in folder.rglob("*.html")}
     assert "stale.html" not in pages
-    assert len(pages) == 5  # the index, and a suite and its result for each table
+    assert len(pages) == 5  # the index and, per table, a suite and its result
     for page in pages.values():
         policy, rest = re.split(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', page)[1:]
         assert policy.startswith("default-src 'none'; ")

@@ -1,4 +1,3 @@
-import io
 import os
 import subprocess
 import sys
@@ -8,15 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from barlow.core import files
+from barlow.core import files, images
 from barlow.core.errors import UserError
 from barlow.data import facts
 
 
 def picture():
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 9)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return images.encode(Image.new("RGB", (8, 9)), "PNG")
 
 
 def test_facts_of_one_image(tmp_path):
@@ -59,7 +56,7 @@ def test_stopping_drops_what_waits(tmp_path):
 
 
 def test_killed_process_is_one_clear_line():
-    with pytest.raises(UserError, match=r"was killed, most likely for want of memory; lower ingest.max_pixels"):
+    with pytest.raises(UserError, match=r"was killed, most likely for lack of memory; lower ingest.max_pixels"):
         list(facts._map(os._exit, [1, 2]))
 
 
@@ -68,6 +65,6 @@ def test_processes_end_with_their_parent_even_if_it_was_killed(tmp_path):
         "import os, pathlib; from barlow.data import facts; "
         "reading = facts._map(pathlib.Path.exists, [pathlib.Path('.')] * 50); next(reading); os.kill(os.getpid(), 9)"
     )
-    # They share its output, so this returns only when the last of them is gone.
+    # The processes share its output, so this returns only when the last of them has ended.
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=30, check=False)
     assert ended.returncode == -9

@@ -31,9 +31,9 @@ def classifier(tmp_path, mean_onnx):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
 def test_mixed_sizes_keep_their_order(mean, batch_size):
-    found = mean.embed(ARRAYS, batch_size=batch_size)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, MEANS, rtol=1e-6)
+    embeddings = mean.embed(ARRAYS, batch_size=batch_size)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(embeddings, MEANS, rtol=1e-6)
 
 
 def test_every_kind_of_image(mean, tmp_path):
@@ -127,7 +127,7 @@ def test_images_are_drawn_a_batch_at_a_time(mean):
 
 
 def test_the_memory_of_a_large_image_is_given_back(tmp_path, mean_onnx):
-    """16 million pixels are 192 MB inside this network."""
+    """16 million pixels take 192 MB inside this network."""
     mean_onnx(tmp_path / "encoder.onnx")
     program = """
 import sys, numpy, psutil
@@ -158,14 +158,24 @@ def test_top1():
     np.testing.assert_allclose(probabilities, [0.5, 0.6], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-15)])
+def test_unit_keeps_the_precision(dtype, tolerance):
+    rows = np.array([[3, 4], [0, 0], [-1e-3, 0], [1e9, 1e9]], dtype)
+    before, units = rows.copy(), encoder.unit(rows)
+    assert units.dtype == dtype
+    np.testing.assert_allclose(units, [[0.6, 0.8], [0, 0], [-1, 0], [0.5**0.5, 0.5**0.5]], atol=tolerance)
+    np.testing.assert_array_equal(rows, before)
+    assert encoder.unit(rows[:0]).shape == (0, 2)
+
+
 @pytest.mark.parametrize("scale", [1, 100, 1e30])
 def test_softmax(scale):
     logits = (scale * RNG.normal(size=(7, 5))).astype(np.float32)
-    found = encoder.softmax(logits)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, special.softmax(logits.astype(np.float64), axis=1), rtol=1e-4, atol=1e-12)
-    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-6)
-    np.testing.assert_array_equal(encoder.softmax(logits[3]), found[3])
+    probabilities = encoder.softmax(logits)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities, special.softmax(logits.astype(np.float64), axis=1), rtol=1e-4, atol=1e-12)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(encoder.softmax(logits[3]), probabilities[3])
 
 
 def test_missing_file(tmp_path):

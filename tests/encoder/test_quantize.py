@@ -18,17 +18,18 @@ from barlow.encoder import quantize
 from barlow.encoder.encoder import Encoder
 from barlow.evaluation import exported
 
-SIDE, WIDTH = 20, 16  # px of what the network sees, channels
+SIDE, WIDTH = 20, 16  # px of the network's input; channels
 METADATA = {"version": "1", "space": "s", "image_size": str(SIDE), "dim": str(WIDTH), "data_hash": "d", "note": "é"}
 NAMES = ("int8", "fp16")
 
 
 def write_encoder(path, head=None, classes=("a", "b", "c", "d")):
-    """A small residual network with what an exported encoder has: preprocessing inside, logits if there is a `head`."""
+    """A small residual network like an exported encoder: preprocessing inside, and logits if there is a `head`."""
     rng = np.random.default_rng(1)
 
     def filters(outputs, inputs):
-        values = rng.normal(size=(outputs, inputs, 3, 3)) * rng.uniform(0.2, 3, (outputs, 1, 1, 1))  # a range a channel
+        values = rng.normal(size=(outputs, inputs, 3, 3))
+        values *= rng.uniform(0.2, 3, (outputs, 1, 1, 1))  # one range per channel
         return (values / np.sqrt(9 * inputs)).astype(np.float32)
 
     weights = {
@@ -82,7 +83,7 @@ def session(path):
 
 
 def run(path, pictures):
-    """Every output for uint8 images of any sizes, one image at a time."""
+    """All outputs for uint8 images of any sizes, one image at a time."""
     reader = session(path)
     return [
         np.concatenate(rows) for rows in zip(*(reader.run(None, {"images": p[None]}) for p in pictures), strict=True)
@@ -96,7 +97,7 @@ def pictures(split):
 
 @pytest.fixture(scope="module")
 def made(small_shards, smoke, tmp_path_factory):
-    """A project with an encoder whose head was fitted, and what was made of it once; returns it and the figures."""
+    """A project with an encoder, its head and its reduced encoders, made once; returns the project and the figures."""
     home, folder = Path.cwd(), tmp_path_factory.mktemp("reduced")
     (folder / "data").mkdir()
     (folder / "data/shards").symlink_to(small_shards)
@@ -150,7 +151,7 @@ def test_accuracies_are_those_of_scikit_learn(figures, smoke, name):
     assert figures[f"{name}_knn_top1"] == pytest.approx(
         100 * nearest.score(embeddings.astype(np.float64), labels), abs=1e-6
     )
-    assert 30 < figures[f"{name}_linear_top1"] < 100  # neither chance nor certainty: another reading would differ
+    assert 30 < figures[f"{name}_linear_top1"] < 100  # neither chance nor certainty, so that an error would show
 
 
 def test_int8_convolutions_are_quantised_a_channel(figures):
@@ -176,7 +177,7 @@ def test_int8_convolutions_are_quantised_a_channel(figures):
 
 
 def ranges(path):
-    """Scale and zero point of what goes into the first convolution."""
+    """Scale and zero point of the input of the first convolution."""
     graph = onnx.load(path).graph
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     node = next(node for node in graph.node if node.op_type == "QuantizeLinear")
@@ -214,11 +215,11 @@ def test_a_second_run_gives_the_same_bytes(figures, smoke, tmp_path, name):
 def test_embeddings_are_close_at_any_shape(figures, name, least, shape):
     batch = np.random.default_rng(0).integers(60, 196, (*shape, 3), dtype=np.uint8)
     full = session(files.ONNX).run(["embedding"], {"images": batch})[0].astype(np.float64)
-    found = session(files.REDUCED / f"{name}.onnx").run(["embedding"], {"images": batch})[0]
-    assert found.shape == (len(batch), WIDTH)
-    cosines = (full * found).sum(1) / np.linalg.norm(full, axis=1) / np.linalg.norm(found, axis=1)
+    reduced = session(files.REDUCED / f"{name}.onnx").run(["embedding"], {"images": batch})[0]
+    assert reduced.shape == (len(batch), WIDTH)
+    cosines = (full * reduced).sum(1) / np.linalg.norm(full, axis=1) / np.linalg.norm(reduced, axis=1)
     assert cosines.min() > least
-    assert (found != full).any()  # it is another network
+    assert (reduced != full).any()  # it is another network
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -251,7 +252,7 @@ def other_head(change):
 
 
 def dead(source, target, _):
-    """No filter reacts, but the logits of before are kept by way of the bias: kNN alone suffers."""
+    """No filter reacts any more, but a bias keeps the logits: only kNN gets worse."""
     model = onnx.load(source)
     for node in model.graph.node:
         if node.op_type == "ReduceMean":

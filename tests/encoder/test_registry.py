@@ -60,7 +60,7 @@ def test_before_follows_what_was_replaced_past_what_is_damaged_or_withdrawn(held
     first = add(held, b"1")
     second = add(held, b"2", "v1")
     third = add(held, b"3", "v2")
-    fourth = add(held, b"4", "v2")  # v3 had been rolled back to v2
+    fourth = add(held, b"4", "v2")  # after a rollback from v3 to v2
     assert held.before(fourth) == second
     assert held.before(third) == second
     assert held.before(first) is None
@@ -152,7 +152,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_in_production(tmp_path):
         version = old.production()
         assert version.damage() is None
         seen.append(version.onnx.read_bytes())
-        assert len(old.versions()) <= 2  # what a killed run added is used by the next
+        assert len(old.versions()) <= 2  # the next run uses the version that a killed run added
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.stderr

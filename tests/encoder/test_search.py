@@ -1,3 +1,4 @@
+import json
 import sys
 
 import numpy as np
@@ -11,7 +12,8 @@ from sklearn.neighbors import NearestNeighbors
 from barlow import index
 from barlow.core.errors import UserError
 from barlow.encoder import search
-from barlow.encoder.search import Index
+from barlow.encoder.encoder import unit
+from barlow.encoder.search import Index, Item
 
 RNG = np.random.default_rng(0)
 DIM = 24
@@ -19,7 +21,7 @@ DIM = 24
 
 @pytest.fixture
 def build(tmp_path):
-    """`build(vectors)`, int8 (n, 24), is an index of them: of images of 8 x 1 pixels, by an encoder that copies."""
+    """`build(vectors)` indexes int8 vectors (n, 24): images of 8 x 1 pixels, whose values the encoder copies."""
     nodes = [
         helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
         helper.make_node("Flatten", ["float"], ["flat"]),
@@ -57,7 +59,7 @@ def embeddings(vectors):
 
 
 def cosines(queries, vectors):
-    """In float64, as the definition has it."""
+    """By the definition, in float64."""
     queries, vectors = np.asarray(queries, np.float64), np.asarray(vectors, np.float64)
     return queries @ vectors.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(vectors, axis=1)
 
@@ -65,35 +67,35 @@ def cosines(queries, vectors):
 @pytest.mark.parametrize("k", [1, 10, 199, 200])
 def test_the_nearest_are_those_of_scikit_learn(build, k):
     vectors, queries = random(200), random(30)
-    found, similarities = build(vectors).search(embeddings(queries), k)
+    nearest, similarities = build(vectors).search(embeddings(queries), k)
     distances, wanted = (
         NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(vectors).kneighbors(queries)
     )
-    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(nearest, wanted)
     np.testing.assert_allclose(similarities, 1 - distances, atol=1e-6)
-    np.testing.assert_allclose(similarities, np.take_along_axis(cosines(queries, vectors), found, 1), atol=1e-6)
+    np.testing.assert_allclose(similarities, np.take_along_axis(cosines(queries, vectors), nearest, 1), atol=1e-6)
 
 
 def test_more_than_there_are_gives_all(build):
     vectors, queries = random(5), random(3)
-    found, similarities = build(vectors).search(embeddings(queries), 100)
-    np.testing.assert_array_equal(found, np.argsort(-cosines(queries, vectors), axis=1))
+    nearest, similarities = build(vectors).search(embeddings(queries), 100)
+    np.testing.assert_array_equal(nearest, np.argsort(-cosines(queries, vectors), axis=1))
     assert similarities.shape == (3, 5)
 
 
 def test_one_image_is_an_index(build):
     (vector,) = vectors = random(1)
     made = build(vectors)
-    found, similarities = made.search(embeddings([vector, -vector]), 10)
-    np.testing.assert_array_equal(found, [[0], [0]])
+    nearest, similarities = made.search(embeddings([vector, -vector]), 10)
+    np.testing.assert_array_equal(nearest, [[0], [0]])
     np.testing.assert_allclose(similarities, [[1], [-1]], atol=1e-6)
     np.testing.assert_array_equal(made.places, [[0, 0]])
 
 
 def test_no_query_has_no_neighbours(build):
     made = build(random(5))
-    found, similarities = made.search(np.empty((0, DIM), np.float32), 3)
-    assert found.shape == similarities.shape == (0, 3)
+    nearest, similarities = made.search(np.empty((0, DIM), np.float32), 3)
+    assert nearest.shape == similarities.shape == (0, 3)
     assert made.place(np.empty((0, DIM), np.float32)).shape == (0, 2)
 
 
@@ -102,9 +104,9 @@ def test_ties_are_all_found(build):
     vectors[[2, 5, 9]] = vectors[0]
     made = build(vectors)
     for k in (2, 4, 6):
-        (found,), (similarities,) = made.search(embeddings(vectors[:1]), k)
-        assert len(set(found)) == k
-        assert set(found[:4]) <= {0, 2, 5, 9}
+        (nearest,), (similarities,) = made.search(embeddings(vectors[:1]), k)
+        assert len(set(nearest)) == k
+        assert set(nearest[:4]) <= {0, 2, 5, 9}
         np.testing.assert_allclose(similarities[:4], 1, atol=1e-6)
         assert (np.diff(similarities) <= 0).all()
 
@@ -149,19 +151,18 @@ def test_a_picture_for_each_number(build):
 
 @pytest.fixture
 def few(monkeypatch):
-    """More than 100 images are many."""
-    for module in (index, search):
-        monkeypatch.setattr(module, "EXACT", 100)
+    """Make the bound for an exact search 100 images."""
+    monkeypatch.setattr(search, "EXACT", 100)
 
 
 def test_many_are_searched_in_a_graph(build, few, tmp_path, monkeypatch):
     vectors, queries = random(1500), random(100)
     made = build(vectors)
-    found, similarities = made.search(embeddings(queries), 10)
+    nearest, similarities = made.search(embeddings(queries), 10)
     wanted = np.argsort(-cosines(queries, vectors), axis=1)[:, :10]
-    recall = np.mean([len({*ours} & {*exact}) / 10 for ours, exact in zip(found, wanted, strict=True)])
+    recall = np.mean([len({*ours} & {*exact}) / 10 for ours, exact in zip(nearest, wanted, strict=True)])
     assert recall > 0.99
-    np.testing.assert_allclose(similarities, np.take_along_axis(cosines(queries, vectors), found, 1), atol=1e-5)
+    np.testing.assert_allclose(similarities, np.take_along_axis(cosines(queries, vectors), nearest, 1), atol=1e-5)
     assert (np.diff(similarities) <= 0).all()
     assert made.places.shape == (1500, 2)
     monkeypatch.setitem(sys.modules, "faiss", None)  # as where it is not installed
@@ -179,8 +180,64 @@ def test_without_faiss_the_index_of_many_is_not_written(build, few, tmp_path, mo
 def test_up_to_the_bound_faiss_is_not_needed(build, few, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     vectors = random(100)
-    (found,), _ = build(vectors).search(embeddings(vectors[42:43]), 1)
-    assert found == [42]
+    (nearest,), _ = build(vectors).search(embeddings(vectors[42:43]), 1)
+    assert nearest == [42]
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write an index of three images; return its path, vectors, thumbnails and samples."""
+    vectors = unit(embeddings(random(3)))
+    thumbnails = [Item("a/1.jpg", "a", b"first"), Item("ä.png", None, b""), Item("b/2.jpg", "b", b"3")]
+    samples = [Item("b/2.jpg", "b", b"the whole file"), Item("c.jpg", None, b"another")]
+    path = tmp_path / "deep/made.npz"
+    search.write(path, "made", vectors, thumbnails, samples, ["/a", "/b c"])
+    return path, vectors, thumbnails, samples
+
+
+def test_what_is_written_is_read(written):
+    path, vectors, thumbnails, samples = written
+    made = Index(path, "made")
+    assert (made.names, made.labels) == (["a/1.jpg", "ä.png", "b/2.jpg"], ["a", None, "b"])
+    assert [made.thumbnail(i) for i in range(3)] == [item.image for item in thumbnails]
+    assert made.samples == samples
+    nearest, similarities = made.search(vectors, 1)
+    np.testing.assert_array_equal(nearest[:, 0], range(3))
+    np.testing.assert_allclose(similarities, 1, atol=1e-6)
+    np.testing.assert_array_equal(made.place(vectors), made.places)
+    assert search.indexed_paths(path) == ["/a", "/b c"]
+
+
+def test_the_file_is_as_the_format_says(written, tmp_path):
+    """An index written by hand in format 1 has the same bytes, so existing files stay readable."""
+    path, vectors, _, _ = written
+    about = {"kind": "barlow index 1", "space": "made", "names": ["a/1.jpg", "ä.png", "b/2.jpg"]}
+    about |= {"labels": ["a", None, "b"], "paths": ["/a", "/b c"], "samples": [["b/2.jpg", "b"], ["c.jpg", None]]}
+    with np.load(path) as arrays:
+        places, basis = arrays["places"], arrays["basis"]
+    by_hand = tmp_path / "by hand.npz"
+    np.savez(
+        by_hand,
+        about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+        vectors=vectors,
+        places=places,
+        basis=basis,
+        offsets=np.array([0, 5, 5, 6]),
+        thumbnails=np.frombuffer(b"first3", np.uint8),
+        sample_sizes=np.array([14, 7]),
+        samples=np.frombuffer(b"the whole fileanother", np.uint8),
+    )
+    assert by_hand.read_bytes() == path.read_bytes()
+    assert (places.shape, places.dtype, basis.shape, basis.dtype) == ((3, 2), np.float32, (4, DIM), np.float32)
+    np.testing.assert_allclose(basis[0], vectors.mean(0), atol=1e-6)
+    np.testing.assert_allclose(basis[1:3] @ basis[1:3].T, np.eye(2), atol=1e-5)
+
+
+def test_the_paths_of_a_damaged_index(written):
+    path, *_ = written
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"made\.npz is no whole index .*; remove it, or name the images$"):
+        search.indexed_paths(path)
 
 
 def refused(path, space="copy"):

@@ -14,7 +14,7 @@ TYPES = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
 
 @pytest.fixture(scope="module")
 def protocol():
-    """Triton's own description of config.pbtxt, which tritonclient ships; its package wants grpc, the file does not."""
+    """Triton's own schema of config.pbtxt, from tritonclient; loaded as a file, since the package needs grpc."""
     folder = importlib.util.find_spec("tritonclient").submodule_search_locations[0]
     spec = importlib.util.spec_from_file_location("model_config_pb2", Path(folder) / "grpc/model_config_pb2.py")
     module = importlib.util.module_from_spec(spec)
@@ -46,12 +46,12 @@ def test_the_configuration_agrees_with_the_model(protocol, tmp_path, mean_onnx, 
 def test_the_repository_is_laid_out_as_triton_wants(protocol, tmp_path, mean_onnx):
     source = mean_onnx(tmp_path / "encoder.onnx", CLASSES)
     triton.write(source, tmp_path / "triton")
-    found = {str(path.relative_to(tmp_path / "triton")) for path in tmp_path.glob("triton/**/*") if path.is_file()}
-    assert found == {"encoder/1/model.onnx", "encoder/classes.txt", "encoder/config.pbtxt"}
+    written = {str(path.relative_to(tmp_path / "triton")) for path in tmp_path.glob("triton/**/*") if path.is_file()}
+    assert written == {"encoder/1/model.onnx", "encoder/classes.txt", "encoder/config.pbtxt"}
     assert files.sha256(tmp_path / "triton/encoder/1/model.onnx") == files.sha256(source)
     config = text_format.Parse((tmp_path / "triton/encoder/config.pbtxt").read_text(), protocol.ModelConfig())
     labels = tmp_path / "triton/encoder" / config.output[1].label_filename
-    assert labels.read_text(encoding="utf-8").splitlines() == CLASSES  # a line a logit
+    assert labels.read_text(encoding="utf-8").splitlines() == CLASSES  # one line per logit
     assert not config.output[0].label_filename
 
 

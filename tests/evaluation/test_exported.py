@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from barlow.core import files, images, webdataset
-from barlow.core.errors import Refused
+from barlow.core.errors import GateError
 from barlow.encoder.encoder import Encoder
 from barlow.evaluation import exported
 
@@ -36,7 +36,7 @@ def test_an_embedding_that_is_not_finite_is_refused_by_its_image(project, mean_o
             yield embeddings, logits
 
     monkeypatch.setattr(encoder, "run", third_is_nan)
-    with pytest.raises(Refused, match=f"the embedding of image {samples[2].key} has a NaN or an infinity"):
+    with pytest.raises(GateError, match=f"the embedding of image {samples[2].key} has a NaN or an infinity"):
         exported.embed(encoder, iter(samples))
 
 

@@ -64,8 +64,8 @@ stages:
 """
 
 
-def until(check, seconds=240):  # of a machine that does other things too
-    """Ask again until the answer is true, and return it."""
+def until(check, seconds=240):  # long, for a busy machine
+    """Call `check` until its result is true, and return the result."""
     give_up = time.monotonic() + seconds
     while not (answer := check()):
         assert time.monotonic() < give_up, "waited in vain"
@@ -97,7 +97,7 @@ class Box:
         self.client = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))  # a client is slow to make
 
     def ask(self, method, path, json=None):
-        """Call the API as Prefect's own client does: again where the database is busy; return the answer."""
+        """Call the API, again if the database is busy, as Prefect's own client does; return the answer."""
 
         def answer():
             try:
@@ -105,7 +105,7 @@ class Box:
             except httpx.ReadTimeout:
                 if method == "GET":
                     return None
-                raise  # asked twice, it might be done twice
+                raise  # a second request might do the work twice
             return None if given.status_code == 503 else given
 
         given = until(answer).raise_for_status()
@@ -156,7 +156,7 @@ class Box:
         return self.ask("GET", f"/deployments/name/{name}")
 
     def run(self, name="retrain/retrain-nightly", **parameters):
-        """Order a run and return its id."""
+        """Start a run of a deployment and return its id."""
         path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
         return self.ask("POST", path, {"parameters": parameters})["id"]
 
@@ -164,7 +164,7 @@ class Box:
         return self.ask("GET", f"/flow_runs/{run}")["state"]
 
     def ended(self, run):
-        """Wait for a run's end and return its state."""
+        """Wait until a run has ended and return its state."""
         return until(lambda: (state := self.state(run))["type"] in ENDED and state)
 
     def runs(self, name):
@@ -173,13 +173,13 @@ class Box:
 
     def artifacts(self, run):
         asked = {"flow_runs": {"id": {"any_": [run]}}}
-        found = self.ask("POST", "/artifacts/filter", asked)
-        return {artifact["key"]: artifact["data"] for artifact in found}
+        artifacts = self.ask("POST", "/artifacts/filter", asked)
+        return {artifact["key"]: artifact["data"] for artifact in artifacts}
 
     # The project.
 
     def reset(self, which="edges", hold=False):
-        """Begin anew, whatever a test before left."""
+        """Reset the project, whatever an earlier test left."""
         asked = {"flow_runs": {"state": {"type": {"not_any_": sorted(ENDED)}}}}
         for run in self.ask("POST", "/flow_runs/filter", asked):
             self.ask("POST", f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
@@ -197,7 +197,7 @@ class Box:
         self.command(*git, "commit", "--quiet", "--allow-empty", "--all", "--message", name)
 
     def promote(self, name):
-        """Promote by hand what the stages would make; in this process, which has torch already."""
+        """Promote an encoder by hand, in this process, which has imported torch already."""
         shutil.copytree(self.project / "prepared" / name, self.project, dirs_exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.project)
@@ -213,7 +213,7 @@ class Box:
         return psutil.Process(int(path.read_text()))
 
     def flow(self):
-        """Return the process that runs the flow `pretrain` belongs to, and all it has started."""
+        """Return the process of the flow that runs `pretrain`, and all processes that it started."""
         engine = next(p for p in self.pretraining().parents() if ENGINE.search(" ".join(p.cmdline())))
         return engine, engine.children(recursive=True)
 
@@ -268,7 +268,7 @@ def postgres():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, small_shards, write_encoder):
-    """A project that is set up but for its server: stages, settings, encoders to export, a git repository."""
+    """A project that lacks only a server: stages, settings, encoders to export, a git repository."""
     project = tmp_path_factory.mktemp("prepared") / "project"
     (project / "data").mkdir(parents=True)
     before = Path.cwd()
@@ -390,10 +390,10 @@ def test_a_killed_flow_has_crashed(box):
 
 @one
 def test_no_run_is_running_for_ever_and_the_next_is_fine(box):
-    """With worker and flow killed nobody is left to say so but the server, which misses the heartbeats."""
+    """With worker and flow killed, only the server can tell, by the missing heartbeats."""
     box.reset(hold=True)
     crash = "import asyncio; from flows import automations as a; a.MISSED = 10; asyncio.run(a.zombies().acreate())"
-    box.command("python", "-c", crash)  # heartbeats come every 30 s, so that a healthy run would be taken for dead
+    box.command("python", "-c", crash)  # removed below: heartbeats come every 30 s, so it crashes healthy runs
     try:
         run = box.run()
         engine, started = box.flow()
@@ -429,7 +429,7 @@ def test_a_failure_promotes_nothing_and_a_promotion_has_its_page_and_both_are_to
         def log_message(self, *_):
             pass
 
-    def heard(text):  # the same may be told twice: the server promises at least once
+    def heard(text):  # a message may come twice: the server promises at least one
         return text in told.get(timeout=240)["text"] or heard(text)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Webhook) as server:
@@ -478,7 +478,7 @@ def test_a_worse_encoder_is_refused_and_rollback_restores_the_bytes(box):
     assert "- **failed** knn: difference to production: -" in box.artifacts(refused)["decision"]
     assert (box.versions, onnx.read_bytes()) == (["v1"], before)
     indexes = {path.stem for path in (box.project / "models/index").iterdir()}
-    assert indexes == {"space of edges", "space of noise"}  # so that search would not have paused
+    assert indexes == {"space of edges", "space of noise"}  # so search need not pause
     box.promote("other")
     assert onnx.read_bytes() != before
     state = box.ended(box.run("rollback/rollback"))

@@ -1,4 +1,4 @@
-"""The files for more than one machine: their form, and what slurm.sh does with stand-ins for SLURM's commands."""
+"""The files for several machines: their form, and slurm.sh with stand-ins for the commands of SLURM."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def test_compose_builds_a_stage_that_there_is_and_waits_for_what_it_needs():
             assert f"AS {service['build']['target']}\n" in (ROOT / "Dockerfile").read_text()
             assert (ROOT / "flows" / service["build"]["context"] / "Dockerfile").exists()
         assert set(service.get("depends_on", {})) <= set(services)
-    assert services["server"]["ports"] == ["127.0.0.1:4200:4200"]  # not to the world: it has no login
+    assert services["server"]["ports"] == ["127.0.0.1:4200:4200"]  # only to this machine, since the server has no login
 
 
 def test_kubernetes_has_as_many_nodes_in_all_its_lines():
@@ -71,7 +71,7 @@ def test_slurm_pretrains_on_all_nodes_and_hands_over(reproduced, tmp_path):
     ("written", "restarts", "again"), [(True, "0", True), (False, "0", False), (True, "20", False)]
 )
 def test_slurm_queues_a_job_again_that_wrote_a_checkpoint(tmp_path, written, restarts, again):
-    """Not one that did not: another run's checkpoint lies there from before."""
+    """A job that wrote no checkpoint is not run again, although an older run's checkpoint is there."""
     for folder in ("older", "this"):
         (tmp_path / f"models/resume/{folder}").mkdir(parents=True)
     (tmp_path / "models/resume/older/step-000000001.safetensors").touch()

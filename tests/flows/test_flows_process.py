@@ -1,4 +1,4 @@
-"""The runner of flows/process.py and its guard: what they start, they end."""
+"""flows/process.py and its guard: they end every process that they started."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from flows import process
 from flows.process import Ended, StepFailed
 
 ROOT = Path(__file__).parents[2]
-# Writes its number to a file, as its child in a session of its own does, says so, and waits.
+# Writes its process id to a file, prints a line and waits; its child, in a session of its own, does the same.
 FAMILY = """
 import os, signal, subprocess, sys, pathlib
 if sys.argv[1] == "ignore":
@@ -61,7 +61,7 @@ def short_grace(monkeypatch):
 
 
 def test_lines_come_while_the_command_runs(tmp_path):
-    """The command ends only once its first line was seen."""
+    """The command ends only when its first line has been seen."""
     seen, waits = [], f"echo first; while ! test -e {tmp_path}/seen; do :; done; printf 'a\\rb\\n\\033[31mred\\033[0m'"
 
     def log(line):
@@ -145,7 +145,7 @@ def test_a_guard_that_is_killed_leaves_nothing_of_its_session(family, tmp_path):
     assert flow(family, kill_guard) == 0
     assert not family.alive(but="child")
     escaped = psutil.Process(int((tmp_path / "child").read_text()))
-    assert escaped.status() != psutil.STATUS_ZOMBIE  # it made a session of its own: only the guard would have found it
+    assert escaped.status() != psutil.STATUS_ZOMBIE  # it is in a session of its own, where only the guard would find it
     escaped.kill()
 
 

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from barlow.encoder.encoder import unit
 from barlow.production import two_sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +36,7 @@ def test_auc_equals_scikit_learn(decimals):
 
 
 def pairs_auc(x, y, axis):
-    """The share of pairs of which the second is larger; those that are equal count half."""
+    """The share of pairs whose second value is larger; ties count half."""
     below, above = np.expand_dims(x, -1), np.expand_dims(y, -2)
     return ((below < above) + (below == above) / 2).mean(axis=(-1, -2))
 
@@ -71,7 +72,7 @@ def test_scores_are_ranks_in_folds_that_are_balanced():
 
 
 def test_equal_rows_of_a_fold_have_equal_scores():
-    kinds = normal(0, 3, 77)  # 77: rounding in a product of matrices depends on where a row stands
+    kinds = normal(0, 3, 77)  # 77 columns: in a matrix product, the rounding of a row depends on its place
     x, y = (kinds[np.random.default_rng(seed).integers(3, size=175)] for seed in (1, 2))
     scores = two_sample.cross_fitted_scores(x, y, np.random.default_rng(0))
     assert len(np.unique(scores)) <= 5 * 3
@@ -79,8 +80,8 @@ def test_equal_rows_of_a_fold_have_equal_scores():
 
 def test_mmd2_equals_the_formula():
     x, y = normal(0, 14, 3), normal(1, 9, 3, 0.3)
-    found = two_sample.mmd_test(x, y, 0, np.random.default_rng(0))
-    assert found == (pytest.approx(slow_mmd2(x, y), abs=1e-12), 1)
+    mmd2_and_p = two_sample.mmd_test(x, y, 0, np.random.default_rng(0))
+    assert mmd2_and_p == (pytest.approx(slow_mmd2(x, y), abs=1e-12), 1)
 
 
 def test_p_equals_that_of_all_permutations():
@@ -107,14 +108,9 @@ def test_p_is_uniform_under_the_null_and_small_under_a_shift():
 
 def test_copies_of_one_image_are_no_drift():
     rng = np.random.default_rng(0)
-    x = two_sample.unit(np.tile(rng.standard_normal(77, np.float32), (40, 1)))
+    x = unit(np.tile(rng.standard_normal(77, np.float32), (40, 1)).astype(np.float64))
     assert two_sample.auc_interval(*two_sample.cross_fitted_scores(x, x[:30], rng), rng) == (0.5, 0.5)
     assert two_sample.mmd_test(x, x[:30], 100, rng) == (pytest.approx(0, abs=1e-9), 1)
-
-
-def test_unit():
-    rows = np.array([[3, 4], [0, 0], [-1e-3, 0]], np.float32)
-    np.testing.assert_allclose(two_sample.unit(rows), [[0.6, 0.8], [0, 0], [-1, 0]], atol=1e-7)
 
 
 def test_drift_in_a_direction_of_little_variance_is_found_once_whitened():

@@ -298,29 +298,29 @@ def test_fewer_images_than_a_batch(tars, smoke):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_files_are_asked_for_before_they_are_read_and_that_changes_nothing(
+def test_files_are_prefetched_before_they_are_read_and_that_changes_nothing(
     tars, smoke, few_held, monkeypatch, world_size
 ):
-    asked, ask, read = [], webdataset.Samples.ask, webdataset.Samples.read
+    calls, prefetch, read = [], webdataset.Samples.prefetch, webdataset.Samples.read
 
     def record(what, how):
         def method(self, numbers):
-            asked.append((what, numbers.tolist()))
+            calls.append((what, numbers.tolist()))
             return how(self, numbers)
 
         return method
 
-    monkeypatch.setattr(webdataset.Samples, "ask", record("ask", ask))
+    monkeypatch.setattr(webdataset.Samples, "prefetch", record("prefetch", prefetch))
     monkeypatch.setattr(webdataset.Samples, "read", record("read", read))
     arguments = (tars, smoke.views, 4, 0, world_size - 1, world_size)
     expected = batches(views.TwinViews(*arguments), 12)  # of 13 in an epoch
-    numbers = {what: [n for kind, n in asked if kind == what] for what in ("ask", "read")}
-    assert numbers["ask"][:10] == numbers["read"][2:12]
-    assert asked.index(("ask", numbers["read"][2])) < asked.index(("read", numbers["read"][0]))
+    numbers = {what: [n for kind, n in calls if kind == what] for what in ("prefetch", "read")}
+    assert numbers["prefetch"][:10] == numbers["read"][2:12]
+    assert calls.index(("prefetch", numbers["read"][2])) < calls.index(("read", numbers["read"][0]))
     monkeypatch.setattr(views, "AHEAD", 99)
-    asked.clear()
+    calls.clear()
     assert all(map(torch.equal, batches(views.TwinViews(*arguments), 12), expected))
-    assert {kind for kind, _ in asked} == {"read"}
+    assert {kind for kind, _ in calls} == {"read"}
 
 
 def test_no_two_draws_share_a_stream(tars, plain, monkeypatch):

@@ -1,1 +1,1 @@
-"""What every other part stands on: errors, files, decoding, the shard format, where results come from."""
+"""What every other part uses: errors, files, image decoding, the shard format, weights, provenance."""

@@ -1,4 +1,4 @@
-"""The ways a command can end other than well; `cli` turns each into its exit code and one line on stderr."""
+"""The ways in which a command can fail; `cli` prints the message on stderr and exits with the code."""
 
 
 class UserError(Exception):
@@ -8,18 +8,18 @@ class UserError(Exception):
 
 
 class DataError(Exception):
-    """The data failed validation; the message is the table of what failed."""
+    """The data failed validation; the message is a table of the failed checks."""
 
     exit_code = 3
 
 
-class Refused(Exception):
-    """The gate does not let an encoder into production; the message has what failed, with figure and bound."""
+class GateError(Exception):
+    """The gate does not let an encoder into production; the message names each failed check, its figure and bound."""
 
     exit_code = 4
 
 
 class Interrupted(Exception):
-    """Stopped by a signal after a checkpoint was written, or in the way of another process; run again to go on."""
+    """A signal stopped the command after a checkpoint, or another process holds a lock; run again to go on."""
 
     exit_code = 75

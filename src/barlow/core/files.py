@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the names of those that stages hand to each other."""
+"""The paths of the files that commands hand to each other, and how to read and write a file, whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 
 from barlow.core.errors import UserError
 
-RAW = Path("data/raw")  # images that ingest made or downloaded; a user's own folder is read where it lies
+RAW = Path("data/raw")  # images that ingest made or downloaded; a user's own images stay where they are
 MANIFEST = Path("data/manifest.parquet")
 ACCEPTED = Path("data/accepted.parquet")
 QUARANTINE = Path("data/quarantine.csv")
 QUARANTINED = Path("data/quarantine")  # thumbnails of its first rows: 000.jpg and so on
 SHARDS = Path("data/shards")
-FEATURES = Path("data/features")  # of `barlow extract`: a file an encoder
+FEATURES = Path("data/features")  # from `barlow extract`: one file per encoder
 ENCODER = Path("models/encoder.safetensors")
 HEAD = Path("models/head.safetensors")
 CORRELATION = Path("models/correlation.safetensors")
 ONNX = Path("models/encoder.onnx")
 REDUCED = Path("models/reduced")  # int8.onnx and fp16.onnx
 TRITON = Path("models/triton")
-INDEX = Path("models/index")  # of `barlow index`: a file an embedding space
-DECISION = Path("models/decision.json")  # the last of `barlow promote`
-DRIFT = Path("models/drift.json")
+INDEX = Path("models/index")  # from `barlow index`: one file per embedding space
+DECISION = Path("models/decision.json")  # the last one of `barlow promote`
+DRIFT = Path("models/drift.json")  # the last check of `barlow drift`
 REPORTS = Path("reports")
 REPORT = REPORTS / "index.html"
 CONFUSION = REPORTS / "confusion.csv"
@@ -36,9 +36,9 @@ FEW_LABELS = REPORTS / "few_labels.csv"
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on a clean exit fsync it and rename it over `path`, else remove it.
+    """Yield a temporary path beside `path`. On a clean exit it is synced and renamed over `path`, else removed.
 
-    A reader, or a crash at any moment, sees the old file or the new one and never a part.
+    So a reader sees the old file or the new one and never a part, even after a crash.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Wait until the content of a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,7 +62,7 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as sorted, indented JSON, whole or not at all; NaN and infinity are refused (ValueError)."""
+    """Write `value` as sorted, indented JSON, whole or not at all; raises ValueError for NaN and infinity."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
 
@@ -72,14 +72,14 @@ def read_json(path: Path | str) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def require(path: Path | str, command: str) -> None:
-    """Check that a file, or a folder, of a command is there.
+def require(path: Path | str, command: str, hint: str = ", or `dvc repro` for all that is needed") -> None:
+    """Check that a file or folder exists.
 
     Raises:
-        UserError: it is not; names the command that writes it.
+        UserError: it does not. The message names the command that writes it, and ends with `hint`.
     """
     if not Path(path).exists():
-        raise UserError(f"{path} is missing; run `barlow {command}`, or `dvc repro` for all that is needed")
+        raise UserError(f"{path} is missing; run `barlow {command}`{hint}")
 
 
 def sha256(path: Path | str) -> str:
@@ -92,5 +92,5 @@ def sha256(path: Path | str) -> str:
 
 
 def cpus() -> int:
-    """Return the number of processors this process may use (its affinity mask, not the machine's count)."""
+    """Return the number of processors that this process may use: its affinity mask, not all of the machine."""
     return len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""Decoding: any image file to 8-bit RGB, in one way for validation, packing, evaluation and serving."""
+"""Decode any image file to 8-bit RGB, in one way for all stages and the service; encode images as files."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-# What is decoded, as Pillow names it. Of its other formats some take gigabytes whatever their header says; EPS is run.
+# The formats that are decoded, by Pillow's names. Other formats are a risk: some take gigabytes whatever their header
+# says, and an EPS file is a program that would be run.
 FORMATS = ("BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 INGESTED = (*FORMATS, "GIF")  # what `validate.formats` may name
 THUMBNAIL = 96  # px, the longer side
-SALVAGED_PIXELS = 100_000_000  # of an image to salvage: 300 MB decoded
+SALVAGED_PIXELS = 100_000_000  # at most, of an image to salvage: 300 MB decoded
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3)
 
 
 class TooManyPixelsError(ValueError):
-    """The file's header announces more pixels than the caller allows; nothing was decoded."""
+    """The file's header says that there are more pixels than the caller allows; nothing was decoded."""
 
 
 class UnknownFormatError(ValueError):
-    """The file is no image, or one of a kind that is not known."""
+    """The file is not an image, or its format is not allowed."""
 
 
 def open_image(data: bytes, max_pixels: int | None = None, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Decode the whole of an image file (its first frame), with no warnings.
+    """Decode the first frame of an image file, with no warnings.
 
     Raises:
-        TooManyPixelsError: by the header, before anything is decoded.
-        UnknownFormatError: the file is no image, or in none of `formats`; its header is not read then.
-        ValueError: it is not a whole one; the message is the reason, without the file's name.
+        TooManyPixelsError: the header says more than `max_pixels`; nothing was decoded.
+        UnknownFormatError: the file is not an image in one of `formats`; its header was not read.
+        ValueError: the image is damaged; the message is the reason, without the file's name.
     """
-    # Not catch_warnings: it is not thread-safe and would leave every warning of the process off.
+    # Not catch_warnings: it is not thread-safe, and could switch off all warnings of the process for good.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a constant, would overrule `max_pixels`
-    Image.init()  # each thread's first call waits here until all formats are known
+    Image.init()  # so that no thread goes on before all formats are known
     with _reasons():
         try:
             # Pillow opens MPO, many JPEGs in one file, as JPEG, and has no plugin of that name.
             image = Image.open(io.BytesIO(data), formats=[name for name in formats if name != "MPO"])
-        except UnidentifiedImageError:  # its own text holds a memory address
+        except UnidentifiedImageError:  # whose message has a memory address
             raise UnknownFormatError(_unknown(data[:16].ljust(16), formats)) from None
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise TooManyPixelsError(f"{image.width} x {image.height} pixels, more than the {max_pixels} allowed")
@@ -53,7 +54,7 @@ def open_image(data: bytes, max_pixels: int | None = None, formats: tuple[str, .
 
 
 def _unknown(start: bytes, formats: tuple[str, ...]) -> str:
-    """Say what a file that begins like this is, if it looks like something that Pillow knows."""
+    """Name the format of a file by its first 16 bytes, if it is one that Pillow knows."""
     for name, (_, accept) in Image.OPEN.items():
         if accept and name not in formats and accept(start) is True:
             return f"format {name}; decoded are {', '.join(formats)}"
@@ -61,10 +62,10 @@ def _unknown(start: bytes, formats: tuple[str, ...]) -> str:
 
 
 def to_rgb(image: Image.Image) -> Pixels:
-    """Return uint8 (height, width, 3): EXIF orientation applied, 16 bits scaled to 8, alpha dropped.
+    """Return uint8 (height, width, 3): upright by its EXIF orientation, 16 bits scaled to 8, alpha dropped.
 
     Raises:
-        ValueError: the image has a broken EXIF block or a mode without a conversion.
+        ValueError: the EXIF block is broken, or Pillow cannot convert the image's mode.
     """
     with _reasons():
         image = ImageOps.exif_transpose(image)
@@ -80,24 +81,24 @@ def decode(data: bytes, max_pixels: int | None = None, formats: tuple[str, ...] 
 
 
 def encode(image: Image.Image, form: str, **options: Any) -> bytes:
-    """Return an image as a file of a format, as Pillow names it, with options of Pillow's `save`."""
+    """Return an image as the bytes of a file in a format of Pillow, with options of Pillow's `save`."""
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
 def jpeg(pixels: Pixels, side: int = THUMBNAIL) -> bytes:
-    """Return the JPEG file of an image (height, width, 3), shrunk where its longer side is above `side` px."""
+    """Return an image (height, width, 3) as a JPEG file, shrunk if its longer side exceeds `side` px."""
     image = Image.fromarray(pixels)
     image.thumbnail((side, side))
     return encode(image, "JPEG", quality=85, subsampling=0)
 
 
 def salvage(data: bytes) -> Pixels:
-    """Decode what can be decoded of an image file, even of one that is cut short.
+    """Decode as much of an image file as possible, even if it is cut short.
 
     Raises:
-        ValueError: there is nothing to see in it.
+        ValueError: nothing could be decoded, or all of it has one value.
     """
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
     try:
@@ -111,7 +112,7 @@ def salvage(data: bytes) -> Pixels:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Turn whatever Pillow raises (OSError, SyntaxError, struct.error, ...) into a ValueError of one line."""
+    """Turn any error of Pillow (OSError, SyntaxError, struct.error, ...) into a ValueError of one line."""
     try:
         yield
     except (TooManyPixelsError, UnknownFormatError):

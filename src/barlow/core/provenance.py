@@ -1,4 +1,4 @@
-"""Where an encoder and a page about it come from: git revision, hashes, versions, hardware."""
+"""Where a result comes from: git revision, hash of the code, versions of packages, hardware."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def git(*arguments: str, project: Path | str = ".", environment: Mapping[str, str] | None = None) -> str:
-    """Run git in a folder and return what it prints, without the last line end; raises CalledProcessError."""
+    """Run git in the folder `project` and return its output without the last line end; raises CalledProcessError."""
     done = subprocess.run(
         ["git", *arguments],
         cwd=project,
@@ -32,7 +32,7 @@ def git(*arguments: str, project: Path | str = ".", environment: Mapping[str, st
 
 
 def commit() -> str | None:
-    """Return the commit that is checked out; None outside a git repository, and where git is not installed."""
+    """Return the commit that is checked out; None outside a git repository or if git is not installed."""
     try:
         return git("rev-parse", "--verify", "--quiet", "HEAD")
     except (OSError, subprocess.CalledProcessError):
@@ -40,7 +40,7 @@ def commit() -> str | None:
 
 
 def revision(paths: Iterable[str] = ("src", "params.yaml")) -> str:
-    """Return the commit that is checked out, and which of some files and folders differ from it."""
+    """Return the commit that is checked out and, if any, those of `paths` (files or folders) that differ from it."""
     if not (head := commit()):
         return "not in a git repository"
     changed = [path for path in paths if git("status", "--porcelain", "--", path)]
@@ -48,15 +48,15 @@ def revision(paths: Iterable[str] = ("src", "params.yaml")) -> str:
 
 
 def code_hash(*commands: str) -> str:
-    """Hash the modules of commands and all that they import of this package, directly or not.
+    """Hash the modules of commands and every module of this package that they import, directly or not.
 
-    The schema in `settings` is left out: what it describes are values, which whoever asks hashes as well.
+    `settings` is left out: it is only the schema of params.yaml, and callers hash the values themselves.
     """
     todo, sources = {PACKAGE / f"{command}.py" for command in commands}, dict[str, bytes]()
     while todo:
         path = todo.pop()
         sources[path.relative_to(PACKAGE).as_posix()] = path.read_bytes()
-        todo |= {found for found in imported(path) if found.relative_to(PACKAGE).as_posix() not in sources}
+        todo |= {module for module in imported(path) if module.relative_to(PACKAGE).as_posix() not in sources}
     digest = hashlib.sha256()
     for name, source in sorted(sources.items()):
         digest.update(name.encode() + source)
@@ -64,7 +64,7 @@ def code_hash(*commands: str) -> str:
 
 
 def imported(path: Path) -> Iterator[Path]:
-    """Yield the modules of this package, but for those of `settings`, that a module imports by `from ... import`."""
+    """Yield the modules of this package that a module imports by `from ... import`, except those of `settings`."""
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.ImportFrom) and node.module:
             top, *inner = node.module.split(".")
@@ -75,23 +75,23 @@ def imported(path: Path) -> Iterator[Path]:
 
 
 def packages() -> dict[str, str]:
-    """Return the versions of what the pipeline runs on, as far as it is installed."""
+    """Return the versions of this package and of those that it needs for training, as far as they are installed."""
     required = [r for r in metadata.requires("barlow") or [] if "extra ==" not in r or 'extra == "train"' in r]
-    found = {}
+    versions = {}
     for name in ["barlow", *sorted({re.split(r"[^\w.-]", requirement)[0] for requirement in required})]:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def hardware() -> str:
-    """Name the processors this process may use, and all GPUs: `2 x AMD EPYC 9R14, 8 x NVIDIA H100`."""
-    import torch  # here, since a benchmark may load another first
+    """Name the processors that this process may use, and all GPUs: `2 x AMD EPYC 9R14, 8 x NVIDIA H100`."""
+    import torch  # here: a benchmark may have to import another package first
 
     described = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", described.read_text()) if described.exists() else None
+    model = re.search(r"model name\s*: (.*)", described.read_text()) if described.exists() else None
     gpus = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    processors = {found[1] if found else platform.machine(): files.cpus()}
+    processors = {model[1] if model else platform.machine(): files.cpus()}
     return ", ".join(f"{count} x {name}" for name, count in [*processors.items(), *gpus.items()])

@@ -1,9 +1,12 @@
-"""The shard format: WebDataset tars, each with the index that DALI reads, `<name>.idx`, and `<name>.npy` beside it.
+"""The shard format: WebDataset tars, each with an index for DALI and the sizes of its images.
 
-A sample is two members, `<key>.<extension>` (an image file's bytes) and `<key>.cls` (its label, little-endian int32).
-The index (DALI's `wds2idx`, v1.2) has a line for the count and one a sample: extension, offset, bytes and name of each
-member; so any sample is one seek away, and the order and content (a key is a hash) are known without the images. The
-third file has each image's height and width in pixels, int32 (samples, 2).
+<split>-NNNNNN.tar    per sample two members: <key>.<extension>, the image file, and <key>.cls, the label (int32, little
+                      endian). The key is a hash of the image.
+<split>-NNNNNN.idx    the index of DALI's `wds2idx`, v1.2: the number of samples, then one line per sample with the
+                      extension, offset, bytes and name of both members
+<split>-NNNNNN.npy    height and width of each image in pixels, int32 (samples, 2)
+
+With the index, any sample is one seek away, and the order and content of a tar are known without reading the tar.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ import numpy as np
 from barlow.core import files
 from barlow.core.errors import UserError
 
-EXTENSIONS = ("jpg", "png", "webp")  # of the images; DALI decodes these to the pixels of `images.decode`
+EXTENSIONS = ("jpg", "png", "webp")  # of images, which DALI decodes to the pixels of `images.decode`
 CLASSES_FILE = "classes.json"
 VERSION = "v1.2"
-OPEN_TARS = 256  # mapped at a time
+OPEN_TARS = 256  # mapped at a time, at most
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Sides = np.ndarray[Any, np.dtype[np.int32]]
@@ -35,16 +38,16 @@ Sides = np.ndarray[Any, np.dtype[np.int32]]
 class Sample(NamedTuple):
     """An image file with its label."""
 
-    key: str  # the first 24 hex digits of the SHA-256 of the file that was ingested
+    key: str  # first 24 hex digits of the SHA-256 of the file that was ingested
     data: bytes
-    extension: str  # says the format of `data`
+    extension: str  # tells the format of `data`; one of EXTENSIONS
     label: int  # index into `classes`; -1: none
-    height: int  # px, here and below, as decoded: upright
+    height: int  # px, of the decoded, upright image
     width: int
 
 
 def write(path: Path, samples: Iterable[Sample]) -> None:
-    """Write a tar and what lies beside it, each whole or not at all; the same samples give the same bytes."""
+    """Write a tar, its index and its image sizes, each whole or not at all; the same samples give the same bytes."""
     lines, sides = [], []
     with files.replacing(path) as temporary:
         with temporary.open("wb") as tar:
@@ -60,7 +63,7 @@ def write(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def _append(tar: IO[bytes], key: str, extension: str, data: bytes) -> str:
-    """Append a member; return its part of the index line."""
+    """Append a member to a tar and return its part of the index line."""
     info = tarfile.TarInfo(f"{key}.{extension}")  # time, user and group are 0
     info.size = len(data)
     tar.write(info.tobuf(tarfile.USTAR_FORMAT))
@@ -70,10 +73,10 @@ def _append(tar: IO[bytes], key: str, extension: str, data: bytes) -> str:
 
 
 def read(tars: Iterable[Path]) -> Iterator[Sample]:
-    """Yield every sample in its order.
+    """Yield the samples of tars, in order.
 
     Raises:
-        UserError: a tar or its index is missing, or the two do not fit.
+        UserError: an index or its sizes are missing or damaged, or a tar is shorter than its index says.
     """
     for path in tars:
         lines = _index_lines(path)
@@ -90,12 +93,13 @@ def read(tars: Iterable[Path]) -> Iterator[Sample]:
 
 
 class Samples:
-    """The image files in tars by number, 0 to len() - 1 in the order of `read`; mapped into memory, not loaded.
+    """The image files in tars, by number: 0 to len() - 1, in the order of `read`. Tars are mapped, not loaded.
 
-    `sides` are the heights and widths, int32 (len(), 2).
+    Attributes:
+        sides: heights and widths in pixels, int32 (len(), 2).
 
     Raises:
-        UserError: an index is missing or damaged.
+        UserError: an index or its sizes are missing or damaged.
     """
 
     def __init__(self, tars: list[Path]) -> None:
@@ -106,47 +110,48 @@ class Samples:
         self._offsets, self._sizes, self._label_offsets = np.array(spans, dtype=np.int64).reshape(-1, 3).T
         self._tar = np.repeat(np.arange(len(tars)), [len(part) for part in lines])
         self._tars = tars
-        self._map = lru_cache(OPEN_TARS)(self._open)
+        self._mapped = lru_cache(OPEN_TARS)(self._map)
 
     def __len__(self) -> int:
         return len(self._sizes)
 
     @property
     def bytes(self) -> int:
-        """Those of all image files together."""
+        """The size of all image files together."""
         return int(self._sizes.sum())
 
     def read(self, numbers: Indices) -> list[Bytes]:
-        """Return the files as uint8 arrays (bytes,).
+        """Return image files as uint8 arrays (bytes,), without copying.
 
         Raises:
             UserError: a tar is shorter than its index says.
         """
-        return [np.frombuffer(self._map(tar), np.uint8, size, offset) for tar, offset, size in self._places(numbers)]
+        return [np.frombuffer(self._mapped(tar), np.uint8, size, offset) for tar, offset, size in self._places(numbers)]
 
     def labels(self) -> Indices:
-        """Return the label of every image, int64 (len(),); -1: none."""
+        """Return the label of every image, int64 (len(),); -1 for none."""
         places = zip(self._tar.tolist(), self._label_offsets.tolist(), strict=True)
-        return np.array([struct.unpack_from("<i", self._map(tar), offset)[0] for tar, offset in places], np.int64)
+        return np.array([struct.unpack_from("<i", self._mapped(tar), offset)[0] for tar, offset in places], np.int64)
 
     def keys(self, numbers: Indices) -> list[str]:
-        """Return the keys of images, read from the indexes."""
+        """Return the keys of images, which it reads from the indexes."""
         names = [line.split(" ", 4)[3] for tar in self._tars for line in _index_lines(tar)]
         return [names[i].partition(".")[0] for i in numbers]
 
-    def ask(self, numbers: Indices) -> None:
-        """Let the system read files from the disk, to have them in memory later; returns at once."""
+    def prefetch(self, numbers: Indices) -> None:
+        """Let the kernel read image files from the disk in the background; returns at once."""
         for tar, offset, size in self._places(numbers):
             start = offset - offset % mmap.PAGESIZE
-            self._map(tar).madvise(mmap.MADV_WILLNEED, start, offset + size - start)
+            self._mapped(tar).madvise(mmap.MADV_WILLNEED, start, offset + size - start)
 
     def _places(self, numbers: Indices) -> Iterator[tuple[int, int, int]]:
+        """Yield the tar's number, the offset and the bytes of each image file."""
         return zip(*(column[numbers].tolist() for column in (self._tar, self._offsets, self._sizes)), strict=True)
 
-    def _open(self, tar: int) -> mmap.mmap:
-        path, mine = self._tars[tar], self._tar == tar
+    def _map(self, tar: int) -> mmap.mmap:
+        path, inside = self._tars[tar], self._tar == tar
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < (self._offsets[mine] + self._sizes[mine]).max():
+            if os.fstat(file.fileno()).st_size < (self._offsets[inside] + self._sizes[inside]).max():
                 raise UserError(f"{path} is shorter than {index(path).name} says; run `barlow shard` again")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -157,17 +162,17 @@ def index(tar: Path) -> Path:
 
 
 def tars(split: str, folder: Path = files.SHARDS) -> list[Path]:
-    """Return the tars of a split (pretrain, train, val or test) in order; none where the split has no images."""
+    """Return the tars of a split (pretrain, train, val or test), in order; none if the split has no images."""
     return sorted(folder.glob(f"{split}-*.tar"))
 
 
 def count(tars: Iterable[Path]) -> int:
-    """Return the number of samples, read from the indexes."""
+    """Return the number of samples in tars, by their indexes."""
     return sum(len(_index_lines(tar)) for tar in tars)
 
 
 def digest(tars: Iterable[Path]) -> str:
-    """Return a hash of the tars' names and content: the indexes hold the images' own hashes, sizes and order."""
+    """Return a hash of the tars' names and indexes, which hold the hash, size and place of every image."""
     total = hashlib.sha256()
     for tar in tars:
         total.update(f"{tar.name} {files.sha256(index(tar))}\n".encode())
@@ -175,7 +180,7 @@ def digest(tars: Iterable[Path]) -> str:
 
 
 def classes(folder: Path = files.SHARDS) -> list[str]:
-    """Return the names that labels are indices of; empty where no image has a label."""
+    """Return the class names, of which a label is the index; empty if no image has a label."""
     names: list[str] = files.read_json(folder / CLASSES_FILE)
     return names
 
@@ -185,23 +190,20 @@ def _sides(tar: Path) -> Path:
 
 
 def _load_sides(tar: Path, count: int) -> Sides:
+    files.require(_sides(tar), "shard")
     try:
         sides: Sides = np.load(_sides(tar), allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{_sides(tar)} is missing; run `barlow shard` again") from None
     except (ValueError, EOFError) as error:
         raise UserError(f"{_sides(tar)} is damaged: {error}; run `barlow shard` again") from None
     if sides.shape != (count, 2) or sides.dtype != np.int32:
-        found = f"{sides.dtype} of shape {sides.shape}"
-        raise UserError(f"{_sides(tar)} is damaged: {found} for {count} samples; run `barlow shard` again")
+        got = f"{sides.dtype} of shape {sides.shape}"
+        raise UserError(f"{_sides(tar)} is damaged: {got} for {count} samples; run `barlow shard` again")
     return sides
 
 
 def _index_lines(tar: Path) -> list[str]:
-    try:
-        header, *lines = index(tar).read_text().splitlines() or [""]
-    except FileNotFoundError:
-        raise UserError(f"{index(tar)} is missing; run `barlow shard` again") from None
+    files.require(index(tar), "shard")
+    header, *lines = index(tar).read_text().splitlines() or [""]
     if header != f"{VERSION} {len(lines)}":
         raise UserError(f"{index(tar)} is damaged: {len(lines)} samples after {header!r}; run `barlow shard` again")
     return lines

@@ -1,4 +1,4 @@
-"""Tensors in a file: safetensors with JSON metadata. Nothing that a stranger hands over is unpickled."""
+"""Weights in files: safetensors with JSON metadata. So no weights file is ever unpickled, which would run its code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
-    """Read the metadata that `save_weights` wrote, and no tensor."""
+    """Read only the metadata of a file that `save_weights` wrote."""
     with safe_open(path, framework="pt") as file:
         metadata: dict[str, Any] = json.loads(file.metadata()["barlow"])
     return metadata

@@ -1,1 +1,1 @@
-"""From a source of images to the manifest: what there is, what each file is, what it must be."""
+"""From a source of images to the manifest: the files that there are, their facts, and what is expected of them."""

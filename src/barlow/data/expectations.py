@@ -1,4 +1,4 @@
-"""What a data set must be: the Great Expectations suites, run on small tables, and Data Docs of what they found."""
+"""The checks of a data set: Great Expectations suites, run on small tables, and Data Docs of their outcomes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pandas as pd
 
 from barlow.settings.params import Validate
 
-# Great Expectations puts file names into its pages unescaped, and fetches scripts: a browser shall run neither.
+# Great Expectations does not escape file names in its pages, and loads scripts: a browser must run neither.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 HEAD = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
 STYLE = """<style>
@@ -26,22 +26,22 @@ th { text-align: left } td { vertical-align: top } ul { padding-left: 1.2rem } .
 
 
 class Outcome(NamedTuple):
-    """What one expectation found."""
+    """The outcome of one expectation."""
 
     name: str
     table: str
     success: bool
     severity: str  # critical | warning
-    observed: float  # the share of rows that hold, or the one figure that is bounded
-    bound: float  # of `observed`
-    rule: str  # the params behind it, as key=value
-    unexpected: int  # rows that do not hold
-    rows: dict[str, Any]  # their names (an image's path) and the values found
+    observed: float  # the share of rows that pass, or the figure that is bounded
+    bound: float  # on `observed`
+    rule: str  # the params that set the bound, as key=value
+    unexpected: int  # number of rows that fail
+    rows: dict[str, Any]  # value by name (an image's path) of the rows that fail
 
 
 def suites(v: Validate) -> dict[str, list[Any]]:
-    """Return the expectations by the table that they are about; each table's first column names its rows."""
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"  # before the import: versions that report usage read it then
+    """Return the expectations by the name of their table; the first column of each table names its rows."""
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"  # before the import, which is when it is read
     import great_expectations.expectations as gxe
 
     def named(name: str, kind: Any, *keys: str, **arguments: Any) -> Any:
@@ -56,8 +56,8 @@ def suites(v: Validate) -> dict[str, list[Any]]:
         gxe.ExpectColumnMaxToBeBetween,
         gxe.ExpectColumnPairValuesToBeEqual,
     )
-    # A bad row is quarantined; a suite fails when there are too many of them. Of two copies both are "not unique", so
-    # these may be twice as many as `distinct` allows to lose.
+    # A row that fails is quarantined; a suite fails if there are too many such rows. Two copies of an image both count
+    # as "not unique", so `copies` allows twice as many rows as `distinct`.
     most = {"mostly": v.min_accepted_fraction}
     copies = {"mostly": max(0.0, 1 - 2 * v.max_duplicate_fraction)}
     side = {"min_value": v.min_side, "max_value": v.max_side}
@@ -106,7 +106,7 @@ def _plain(value: Any) -> str:
 
 
 def new_context(site: Path) -> Any:
-    """Return a Great Expectations context that lives in memory and writes Data Docs to `site`, emptied first."""
+    """Return a Great Expectations context in memory that writes Data Docs to the folder `site`, which is emptied."""
     import great_expectations as gx
 
     shutil.rmtree(site, ignore_errors=True)
@@ -123,7 +123,7 @@ def new_context(site: Path) -> Any:
 
 
 def check(context: Any, table: str, frame: pd.DataFrame, expectations: list[Any]) -> list[Outcome]:
-    """Run a suite on a table and return what it found, in the suite's order."""
+    """Run a suite on a table and return the outcomes, in the order of `expectations`."""
     import great_expectations as gx
 
     key = frame.columns[0]
@@ -132,7 +132,7 @@ def check(context: Any, table: str, frame: pd.DataFrame, expectations: list[Any]
     )
     suite = context.suites.add(gx.ExpectationSuite(table, expectations=expectations))
     definition = context.validation_definitions.add(gx.ValidationDefinition(name=table, data=batch, suite=suite))
-    found = definition.run(
+    validation = definition.run(
         batch_parameters={"dataframe": frame},
         result_format={
             "result_format": "COMPLETE",
@@ -141,7 +141,7 @@ def check(context: Any, table: str, frame: pd.DataFrame, expectations: list[Any]
         },
     )
     outcomes = {}
-    for one in found.results:
+    for one in validation.results:
         config, result = one.expectation_config, one.result
         if not result:
             raise RuntimeError(f"Great Expectations could not check {config.meta['name']}: {one.exception_info}")
@@ -167,10 +167,10 @@ def check(context: Any, table: str, frame: pd.DataFrame, expectations: list[Any]
 
 
 def write_docs(context: Any, site: Path, outcomes: list[Outcome]) -> None:
-    """Write Data Docs of what was checked: site/index.html, which leads to a page for each table.
+    """Write Data Docs of the outcomes: site/index.html, with a link to one page per table.
 
-    Great Expectations' own pages need the network: without it the index is empty and nothing is marked as passed or
-    failed. A few lines of style and an index of our own do without.
+    The pages of Great Expectations need the network: without it their index is empty and no mark tells passed from
+    failed. Our own index and a few lines of style work offline.
     """
     context.build_data_docs()
     for page in site.rglob("*.html"):

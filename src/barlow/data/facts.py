@@ -1,4 +1,4 @@
-"""What an image file is: everything that the manifest says of it that only reading and decoding it tells."""
+"""The facts of an image file: the columns of the manifest that need the file read and decoded."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from barlow.core.errors import UserError
 from barlow.data import manifest
 
 FACTS = pa.schema([field for field in manifest.SCHEMA if field.name not in ("path", "split", "label", "bytes")])
-CHUNK = 64  # files handed to a process at a time
+CHUNK = 64  # files per task of a process
 
 
 def read_all(root: Path, paths: list[str], max_pixels: int) -> Generator[pa.RecordBatch, None, None]:
-    """Yield the FACTS of files, in their order and a chunk at a time, read by all processors; shows a progress bar.
+    """Yield the FACTS of files in order, one batch per chunk; all processors read. Shows a progress bar.
 
     Raises:
-        UserError: a process was killed.
+        UserError: a process was killed, most likely for lack of memory.
     """
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     read = partial(read_chunk, root, max_pixels=max_pixels)
@@ -53,12 +53,12 @@ def _map(read: Any, chunks: list[list[str]]) -> Generator[pa.RecordBatch, None, 
             yield from pool.map(read, chunks)
         except BrokenProcessPool:
             raise UserError(
-                "a process that decodes images was killed, most likely for want of memory; lower ingest.max_pixels"
+                "a process that decodes images was killed, most likely for lack of memory; lower ingest.max_pixels"
             ) from None
 
 
 def _follow_parent() -> None:
-    """Leave Ctrl-C to the parent process, and end when that ends, even if it was killed."""
+    """Leave Ctrl-C to the parent process, and end when the parent ends, even if it was killed."""
 
     def follow() -> None:
         parent = parent_process()
@@ -71,17 +71,17 @@ def _follow_parent() -> None:
 
 
 def read_chunk(root: Path, paths: list[str], max_pixels: int) -> pa.RecordBatch:
-    """Read and decode some files; returns their FACTS."""
+    """Read and decode files; return their FACTS."""
     return pa.RecordBatch.from_pylist([_read_image(root / path, max_pixels) for path in paths], FACTS)
 
 
 def _read_image(path: Path, max_pixels: int) -> dict[str, Any]:
-    """Return the FACTS of one file; whatever is wrong with it becomes its `error`, short and without the path."""
+    """Return the FACTS of one file. Any failure becomes its `error`: short, and without the path."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             return {"error": "not a regular file"}
-        if status.st_size > 16_000_000 + 8 * max_pixels:  # 16-bit RGBA: no need to take a film into memory
+        if status.st_size > 16_000_000 + 8 * max_pixels:  # of 16-bit RGBA: a film is not read into memory
             return {
                 "sha256": files.sha256(path),
                 "error": f"{status.st_size} bytes, more than ingest.max_pixels can fill",
@@ -107,6 +107,6 @@ def _read_image(path: Path, max_pixels: int) -> dict[str, Any]:
         "mode": image.mode,
         "format": image.format,
         "brightness": round(total / n, 3),
-        "contrast": round(math.sqrt(n * squares - total**2) / n, 3),  # exact integers under the root
+        "contrast": round(math.sqrt(n * squares - total**2) / n, 3),  # the integers under the root are exact
         "orientation": orientation if orientation in range(1, 9) else 1,
     }

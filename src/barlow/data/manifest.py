@@ -1,4 +1,4 @@
-"""The manifest: one row for every file found, and the only thing that the stages after ingest know about the source."""
+"""The manifest: one row per file of the source. The stages after ingest know nothing else about the source."""
 
 from __future__ import annotations
 
@@ -16,33 +16,32 @@ from barlow.settings import params
 SPLITS = ("pretrain", "train", "val", "test")
 SCHEMA = pa.schema(
     [
-        pa.field(
-            "path", pa.string(), nullable=False
-        ),  # posix, relative to root(params.ingest); an absolute one in a table
-        pa.field("split", pa.string(), nullable=False),  # one of SPLITS; `train` is labelled, always
-        pa.field("label", pa.string()),  # the class's name
+        # posix, relative to root(params.ingest); a table of images may give absolute paths
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),  # one of SPLITS; images of `train` always have a label
+        pa.field("label", pa.string()),  # name of the class; null where there is none
         pa.field("width", pa.int32()),  # px, as stored: before the EXIF orientation is applied
         pa.field("height", pa.int32()),
-        pa.field("mode", pa.string()),  # as Pillow names them, like format
+        pa.field("mode", pa.string()),  # mode and format by Pillow's names
         pa.field("format", pa.string()),
         pa.field("bytes", pa.int64()),
         pa.field("sha256", pa.string()),  # of the file, in hex
         pa.field("brightness", pa.float64()),  # mean of the grey image, 0 to 255
         pa.field("contrast", pa.float64()),  # its standard deviation
         pa.field("orientation", pa.int8()),  # EXIF, 1 to 8
-        pa.field("error", pa.string()),  # why it did not decode; null where it did
+        pa.field("error", pa.string()),  # why the file could not be decoded; null if it could
     ]
 )
 
 
 def read(path: Path = files.MANIFEST) -> pa.Table:
-    """Read a manifest, or the accepted part of one; a missing one is a UserError."""
+    """Read the manifest, or its accepted rows from data/accepted.parquet; raises UserError if the file is missing."""
     files.require(path, "ingest" if path == files.MANIFEST else "validate")
     return pq.read_table(path)
 
 
 def write(table: pa.Table, path: Path = files.MANIFEST) -> None:
-    """Write a manifest sorted by path: the same rows, in any order, give the same bytes."""
+    """Write a manifest sorted by path, so the same rows in any order give the same bytes."""
     table = table.select(SCHEMA.names).sort_by("path").combine_chunks().cast(SCHEMA)
     with files.replacing(path) as temporary:
         pq.write_table(table, temporary)
@@ -57,7 +56,7 @@ def root(p: params.Ingest) -> Path:
 
 
 def is_made(source: str) -> bool:
-    """Tell whether ingest itself makes or downloads the images."""
+    """Tell whether ingest makes or downloads the images."""
     return source == "synthetic" or source.startswith("torchvision:")
 
 
@@ -67,10 +66,10 @@ def is_table(source: Path) -> bool:
 
 
 def hash_split(sha256: Iterable[str], val_fraction: float, test_fraction: float) -> np.ndarray[Any, np.dtype[np.str_]]:
-    """Return `test`, `val` or `train` for each content hash, (n,).
+    """Return `test`, `val` or `train` for each hex SHA-256 of an image, (n,).
 
-    A hash's first 32 bits, as a fraction, decide alone: more images move none of the earlier ones, and copies of one
-    image stay together.
+    The first 32 bits of the hash, as a fraction, decide the split. So new images do not move earlier ones, and all
+    copies of an image are in one split.
     """
     u = np.frombuffer(bytes.fromhex("".join(digest[:8] for digest in sha256)), ">u4") / 2**32
     return np.select([u < test_fraction, u < test_fraction + val_fraction], ["test", "val"], "train")

@@ -1,4 +1,4 @@
-"""Where images come from: `prepare` makes data/raw what `ingest.source` asks for, `find` lists the files, unread."""
+"""The source of images: `prepare` fills data/raw as `ingest.source` asks, and `find` lists the files, unread."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from barlow.settings import params
 LISTING = pa.schema(
     [
         ("path", pa.string()),  # as in the manifest
-        ("split", pa.string()),  # null where the source names none
+        ("split", pa.string()),  # null if the source names none
         ("label", pa.string()),
-        ("bytes", pa.int64()),  # null, like the next, where there is no such file
+        ("bytes", pa.int64()),  # null, like mtime_ns, if there is no such file
         ("mtime_ns", pa.int64()),
     ]
 )
 SPLITS = {"valid": "val", "validation": "val"} | {split: split for split in manifest.SPLITS}
 UNLABELLED = ("unlabelled", "unlabeled")
-MARKER = files.RAW / ".barlow"  # says that data/raw is ours to clear, and what it holds
+MARKER = files.RAW / ".barlow"  # records what data/raw holds, and that ingest may clear it
 
 
 def check(source: str) -> None:
-    """Raise a UserError unless the source exists, or can be made or downloaded."""
+    """Raise a UserError unless the source exists or ingest can make or download it."""
     if source == "synthetic":
         return
     if source.startswith("torchvision:"):
@@ -56,9 +56,12 @@ def check(source: str) -> None:
 
 
 def prepare(p: params.Ingest) -> None:
-    """Fill data/raw for a source that is made or downloaded, and empty it for any other.
+    """Fill data/raw if ingest makes or downloads the source, and empty it for any other source.
 
-    What it already holds for the same source stays. A folder without our marker is somebody's own: UserError.
+    If data/raw holds the images of this source already, they stay.
+
+    Raises:
+        UserError: the source cannot be used, or data/raw holds files but no MARKER, so it is the user's own.
     """
     check(p.source)
     files.RAW.mkdir(parents=True, exist_ok=True)
@@ -92,10 +95,10 @@ def prepare(p: params.Ingest) -> None:
 
 
 def find(p: params.Ingest) -> tuple[pa.Table, list[str]]:
-    """List the source's files, as LISTING and in the order of their paths, with notes on what was left out.
+    """Return the source's files as LISTING, sorted by path, and notes on what was left out.
 
     Raises:
-        UserError: there is no such source, it is empty, or a table is malformed.
+        UserError: the source does not exist or is empty, or its table is malformed.
     """
     check(p.source)
     source = Path(p.source).expanduser()
@@ -110,16 +113,16 @@ def find(p: params.Ingest) -> tuple[pa.Table, list[str]]:
 
 
 def _walk(root: Path) -> tuple[pa.Table, list[str]]:
-    """List every file below a folder that is not hidden.
+    """List the files below a folder, except hidden ones.
 
-    Each link to a folder is followed once, and never to a folder that it lies in: links that lead to each other end.
+    Each link to a folder is followed once, and never to a folder that contains the link. So loops of links end.
     """
     columns: dict[str, list[str | int | None]] = {name: [] for name in LISTING.names}
     hidden = loops = 0
     above = frozenset(_identity(folder.stat()) for folder in (root.resolve(), *root.resolve().parents))
     followed: set[tuple[int, int]] = set()
     folders: list[tuple[tuple[str, ...], frozenset[tuple[int, int]]]] = [((), above)]
-    for parts, above in folders:  # grows as it goes: the shallow ones first
+    for parts, above in folders:  # the loop appends to the list, so it goes level by level
         split, label = _meaning(tuple(_readable(part) for part in parts))
         for name, status, link in _entries(root.joinpath(*parts)):
             if name.startswith("."):
@@ -141,9 +144,11 @@ def _walk(root: Path) -> tuple[pa.Table, list[str]]:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, os.stat_result | None, tuple[int, int] | None]]:
-    """Yield name, status (links followed; None where that fails) and, of a link, identity of what is in a folder.
+    """Yield the name, the status and, for a link, the identity of the link of each entry, sorted by name.
 
-    A folder that cannot be opened yields itself, with no name, so that ingest reports it as a file it cannot read.
+    The status of a link is that of its target; it is None for a broken link or a file that is gone.
+
+    A folder that cannot be opened yields one entry without a name, so that ingest reports it as a file it cannot read.
     """
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -163,12 +168,12 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _readable(name: str) -> str:
-    """Return a name that was no UTF-8 on disk with its odd bytes spelled out; any other as it is."""
+    """Return a file name with the bytes that are not UTF-8 spelled out, like \\xe9."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _meaning(parts: tuple[str, ...]) -> tuple[str | None, str | None]:
-    """Return the split and label that a folder's path gives: [split/][class/...] or [split/]unlabelled/..."""
+    """Return the split and the label by a folder's path: [split/][class/...] or [split/]unlabelled/..."""
     split = SPLITS.get(parts[0].lower()) if parts else None
     rest = parts[1:] if split else parts
     if rest and rest[0].lower() in UNLABELLED:
@@ -203,7 +208,7 @@ def _read_table(source: Path) -> pa.Table:
     if len(set(paths)) < len(paths):
         counts = pc.value_counts(given["path"]).to_pylist()
         twice = next(entry["values"] for entry in counts if entry["counts"] > 1)
-        raise UserError(f"ingest.source={source} lists {twice} more than once; keep one row for each image")
+        raise UserError(f"ingest.source={source} lists {twice} more than once; keep one row per image")
     splits = pc.utf8_lower(given.get("split", pa.nulls(len(paths), pa.string())))
     unknown = sorted(set(pc.unique(splits).to_pylist()) - {*SPLITS, None})
     if unknown:
@@ -231,7 +236,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def require_platform() -> None:
-    """Raise a UserError on a machine that DALI, which makes the views, is not built for."""
+    """Raise a UserError on a machine for which there is no DALI, which makes the views."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise UserError(
             f"training needs Linux on x86-64, this is {platform.system()} on {platform.machine()}: NVIDIA DALI, which "

@@ -1,8 +1,8 @@
 """The embedded default data set, "surfaces": ten material families as an inspection camera might see them.
 
-What tells the families apart is structure alone. Position, period, a small rotation, the two tones and which of them
-is the figure, lighting, tint and noise are drawn from the same distributions for every family, so no label leaks into
-colour, brightness or order. A few planted bad files give validation something to find.
+Only structure tells the families apart. Position, period, a small rotation, the two tones and which of them is the
+figure, lighting, tint and noise are drawn from the same distributions for every family, so colour, brightness and order
+tell nothing about the label. A few bad files are planted, so that validation has something to reject.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from barlow.core import images
 from barlow.settings import params
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-SUPERSAMPLING = 2  # pixels drawn per pixel kept, per axis: edges come out smooth
+SUPERSAMPLING = 2  # pixels drawn per pixel kept, along each axis: it makes edges smooth
 
 
 def bricks(u: Array, v: Array, rng: np.random.Generator) -> Array:
-    """Running bond: rows of bricks twice as wide as high, every other row shifted by half."""
+    """Running bond: bricks twice as wide as high, every other row shifted by half a brick."""
     row = np.floor(2 * v)
     return np.minimum(_inside(u + row / 2, 0.04), _inside(2 * v, 0.08))
 
@@ -56,7 +56,7 @@ def grain(u: Array, v: Array, rng: np.random.Generator) -> Array:
 
 
 def mesh(u: Array, v: Array, rng: np.random.Generator) -> Array:
-    """Thin diagonal wires crossing."""
+    """Thin diagonal wires that cross."""
     return np.minimum(_inside(u + v, 0.1), _inside(u - v, 0.1))
 
 

@@ -1,4 +1,4 @@
-"""torchvision's image classification sets as folders of PNG files, fetched by torchvision's own code and checksums."""
+"""torchvision's image classification sets as folders of PNG files, downloaded and verified by torchvision."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 
 from barlow.core.errors import UserError
 
-DOWNLOAD = Path("data/download")  # kept, so that an interrupted download resumes and a second ingest needs no network
+DOWNLOAD = Path("data/download")  # kept: a download can resume, and a second ingest needs no network
 ARCHIVES = (".tar", ".gz", ".tgz", ".zip", ".bz2", ".mat", ".xz")
-Arguments = dict[
-    str, dict[str, Any]
-]  # folder to write -> arguments of the class; a folder "" leaves the split to ingest
+Arguments = dict[str, dict[str, Any]]  # arguments of the class by the folder to write; with "", ingest draws the splits
 
 
 def _named(*splits: str) -> Arguments:
@@ -36,7 +34,7 @@ SETS: dict[str, Arguments] = {
 
 
 def check(source: str) -> str:
-    """Return the NAME of `torchvision:NAME`, or raise a UserError that has the nearest ones."""
+    """Return the NAME of `torchvision:NAME`; raises a UserError with the nearest names if it is unknown."""
     name = source.removeprefix("torchvision:")
     if name not in SETS:
         by_lower = {known.lower(): known for known in SETS}
@@ -48,10 +46,10 @@ def check(source: str) -> str:
 
 
 def write(source: str, out: Path) -> None:
-    """Download a set and write its images, losslessly, to out/<split>/<class>/NNNNN.png.
+    """Download a set and write its images, lossless, to out/<split>/<class>/NNNNN.png.
 
     Raises:
-        UserError: the set is unknown, the download failed, or torchvision lacks a package to read it.
+        UserError: the set is unknown, the download failed, or a package that torchvision needs is not installed.
     """
     from torchvision import datasets
     from tqdm import tqdm
@@ -64,9 +62,7 @@ def write(source: str, out: Path) -> None:
     for split, arguments in SETS[name].items():
         try:
             images = getattr(datasets, name)(root=str(folder), download=True, **arguments)
-        except (
-            Exception
-        ) as error:  # torchvision raises whatever its parts raise: URLError, RuntimeError, ImportError, ...
+        except Exception as error:  # URLError, RuntimeError, ImportError and more come through torchvision
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"ingest.source={source} could not be fetched: {reason}; run again to resume") from error
         classes = _class_names(images)
@@ -81,14 +77,14 @@ def write(source: str, out: Path) -> None:
 
 
 def _class_names(images: Any) -> dict[int, str]:
-    """Return a folder name for each class that torchvision names; none if two would be the same."""
+    """Return a folder name per class number; none if torchvision names no classes or two names would be the same."""
     names = [name if isinstance(name, str) else name[0] for name in getattr(images, "classes", None) or []]
     safe = [name.strip("/").replace("/", "_") for name in names]
     return dict(enumerate(safe)) if len(set(safe)) == len(safe) else {}
 
 
 def _drop_extracted(folder: Path) -> None:
-    """Remove what came out of the archives: torchvision takes an extraction that was cut off for a whole one."""
+    """Remove extracted files, which torchvision trusts to be complete even if the extraction was interrupted."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             if not name.endswith(ARCHIVES):

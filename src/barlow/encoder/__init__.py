@@ -1,1 +1,1 @@
-"""What runs on onnxruntime alone: the exported encoder, search, the registry."""
+"""What needs onnxruntime but no torch: the exported encoder, search, the registry."""

@@ -1,4 +1,4 @@
-"""The exported encoder in onnxruntime: images of any kind and size to embeddings, with no torch."""
+"""The exported encoder in onnxruntime: images of any kind and size to embeddings, without torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime
@@ -19,33 +19,33 @@ from barlow.core.images import decode, to_rgb
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3)
 Vectors = np.ndarray[Any, np.dtype[np.float32]]  # (n, dim) or (n, classes)
+Float = TypeVar("Float", np.float32, np.float64)
 
-MAX_PIXELS = 100_000_000  # of a file that is decoded here
-LARGE = 2_000_000  # pixels of a batch after which onnxruntime gives its memory back; it would keep it for ever
-BATCH_PIXELS = 16_000_000  # of all images in a batch: the resize inside the network holds them as float32, 200 MB
+MAX_PIXELS = 100_000_000  # per image file that is decoded here
+LARGE = 2_000_000  # pixels per batch above which onnxruntime frees its memory afterwards; else it never does
+BATCH_PIXELS = 16_000_000  # per batch: the resize inside the network holds them as float32, 200 MB
 
 
 class Encoder:
-    """An exported encoder; images of any size to embeddings.
+    """An exported encoder.
 
     Attributes:
         dim: length of an embedding.
-        classes: names of the classes, or None where no head was fitted.
+        classes: names of the classes; None if no head was fitted.
         metadata: what `barlow export` wrote into the file: version, hashes, image size, embedding space.
     """
 
     def __init__(self, path: Path | str = files.ONNX, threads: int | None = None) -> None:
-        """Load `path`, with as many threads as the process may use processors unless told otherwise.
+        """Load a file of `barlow export`; `threads` is the number of processors that this process may use by default.
 
         Raises:
-            UserError: the file is missing, damaged or was not written by `barlow export`.
+            UserError: the file is missing or damaged, or `barlow export` did not write it.
         """
-        if not Path(path).is_file():
-            raise UserError(f"{path} is missing; run `barlow export`, or name another file with --model")
+        files.require(path, "export", ", or name another file with --model")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or files.cpus()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it takes the other processes' time
-        options.enable_mem_pattern = False  # a pattern is kept for each new shape of input, for ever
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it takes time from other processes
+        options.enable_mem_pattern = False  # each new input shape would add a pattern that is never freed
         options.log_severity_level = 3
         known = onnxruntime.get_available_providers()
         providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in known]
@@ -74,14 +74,14 @@ class Encoder:
         return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
 
     def classify(self, images: Iterable[Any], batch_size: int = 64) -> Vectors | None:
-        """Return the logits (n, classes), or None where no head was fitted; raises as `embed` does."""
+        """Return the logits (n, classes), or None if no head was fitted; raises as `embed` does."""
         if self.classes is None:
             return None
         parts = [logits for _, logits in self.run(images, batch_size) if logits is not None]
         return np.concatenate([np.empty((0, len(self.classes)), np.float32), *parts])
 
     def run(self, images: Iterable[Any], batch_size: int = 64) -> Iterator[tuple[Vectors, Vectors | None]]:
-        """Yield (embeddings, logits) a batch, in order; of the images, one batch is held at a time."""
+        """Yield (embeddings, logits) per batch, in order; one batch of images is in memory at a time."""
         for batch in batches(map(_pixels, _several(images)), batch_size):
             by_shape = defaultdict(list)
             for row, image in enumerate(batch):
@@ -92,14 +92,14 @@ class Encoder:
             for rows in by_shape.values():
                 stacked = np.stack([batch[row] for row in rows])
                 options = self._large if stacked.size > 3 * LARGE else None
-                found = self._session.run([*outputs], {"images": stacked}, options)
-                for output, values in zip(outputs, found, strict=True):
-                    outputs[output][rows] = values
+                results = self._session.run([*outputs], {"images": stacked}, options)
+                for output, values in zip(outputs.values(), results, strict=True):
+                    output[rows] = values
             yield embeddings, logits
 
 
 def _several(images: Any) -> Iterable[Any]:
-    """Refuse a single image: its rows, or a name's letters, would pass for images."""
+    """Raise ValueError for a single image: its rows, or the letters of a path, would be taken for images."""
     one = isinstance(images, (str, os.PathLike, Image.Image))
     if one or (isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] == 3):
         raise ValueError("one image where several are expected; write [image]")
@@ -127,7 +127,7 @@ def _pixels(image: Any) -> Pixels:
 
 
 def batches(pixels: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:
-    """Cut into lists of at most `size` images and, but for one larger image alone, BATCH_PIXELS pixels."""
+    """Yield lists of at most `size` images and BATCH_PIXELS pixels; a larger image is a list of its own."""
     batch: list[Pixels] = []
     for image in pixels:
         if batch and (len(batch) >= size or sum(held.size for held in batch) + image.size > 3 * BATCH_PIXELS):
@@ -136,6 +136,12 @@ def batches(pixels: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:
         batch.append(image)
     if batch:
         yield batch
+
+
+def unit(rows: np.ndarray[Any, np.dtype[Float]]) -> np.ndarray[Any, np.dtype[Float]]:
+    """Return the rows (n, dim) scaled to length 1, in their own precision; a row of zeros stays one."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return (rows / np.where(norms > 0, norms, 1)).astype(rows.dtype, copy=False)
 
 
 def softmax(logits: Vectors) -> Vectors:

@@ -1,6 +1,6 @@
 """Encoders of lower precision, made from the exported one: int8 for processors, fp16 for GPUs.
 
-Input, preprocessing and outputs stay as they are. The embeddings differ a little, so they are spaces of their own.
+Input, preprocessing and outputs stay the same. The embeddings differ a little, so each precision is a space of its own.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from barlow.encoder.encoder import Pixels
 
 
 def int8(source: Path, target: Path, calibration_images: int) -> None:
-    """Quantise the convolutions: uint8 activations, int8 weights a channel, in QDQ form.
+    """Quantise the convolutions: uint8 activations, int8 weights per channel, in QDQ form.
 
-    The ranges are the smallest and largest values that held-out images bring about (Jacob et al., arXiv 1712.05877).
+    Ranges are the smallest and largest activations on `calibration_images` images, held-out ones first (Jacob et al.,
+    arXiv 1712.05877).
     """
-    held_out = webdataset.read(tar for split in ("val", "train", "pretrain") for tar in webdataset.tars(split))
-    pictures = (images.decode(sample.data) for sample in itertools.islice(held_out, calibration_images))
+    samples = webdataset.read(tar for split in ("val", "train", "pretrain") for tar in webdataset.tars(split))
+    pictures = (images.decode(sample.data) for sample in itertools.islice(samples, calibration_images))
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
-        # Warnings, all from onnxruntime's own loggers, ask for the preparation that this is.
+        # onnxruntime warns that the model should be prepared, although quant_pre_process does just that.
         logging.disable(logging.WARNING)
         try:
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
@@ -61,7 +62,7 @@ def fp16(source: Path, target: Path, _: int) -> None:
 
 
 class _Calibration(quantization.CalibrationDataReader):  # type: ignore[misc]
-    """One image a run, since sizes differ."""
+    """One image per run, since sizes differ."""
 
     def __init__(self, pictures: Iterator[Pixels]) -> None:
         self._pictures = pictures
@@ -72,7 +73,7 @@ class _Calibration(quantization.CalibrationDataReader):  # type: ignore[misc]
 
 
 def _label(proto: onnx.ModelProto, precision: str, path: Path) -> None:
-    """Write the model with its precision in its metadata and its embedding space."""
+    """Write the model with its precision in its metadata and in the id of its embedding space."""
     metadata = {entry.key: entry.value for entry in proto.metadata_props if not entry.key.startswith("onnx.")}
     onnx.helper.set_model_props(proto, metadata | {"precision": precision, "space": f"{metadata['space']}-{precision}"})
     onnx.checker.check_model(proto, full_check=True)

@@ -1,4 +1,4 @@
-"""Image files by name: those below folders, decoded by threads a few ahead of the caller."""
+"""Image files on disk: find them in folders, and decode them in threads a few files ahead of the caller."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from barlow.encoder.encoder import MAX_PIXELS, Pixels
 
 
 def find(paths: Iterable[Path | str]) -> Iterator[str]:
-    """Yield files as they are named and, of a folder, in order, what has an image's suffix."""
+    """Yield the paths of files as given and, for a folder, of all files below with an image's suffix, sorted."""
     suffixes = Image.registered_extensions()
     for path in paths:
         if not Path(path).is_dir():
             yield os.fspath(path)
-        for folder, folders, names in os.walk(path):  # links to folders are not followed: they may loop
+        for folder, folders, names in os.walk(path):  # does not follow links to folders, which may loop
             folders.sort()
             yield from (f"{folder}/{name}" for name in sorted(names) if Path(name).suffix.lower() in suffixes)
 
 
 def read_ahead(paths: Iterable[str], threads: int) -> Iterator[tuple[str, Pixels | str]]:
-    """Yield (path, pixels, or why there are none) in order, decoded by threads a few files ahead of the caller."""
+    """Yield (path, pixels or the reason why there are none) in order; threads decode a few files ahead."""
     pending: deque[tuple[str, Future[Pixels | str]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for path in paths:

@@ -1,10 +1,10 @@
-"""The registry: immutable versions of the encoder, and which of them is in production. Needs no package.
+"""The registry: immutable versions of the encoder, and which of them is in production.
 
-versions/v1/      encoder.onnx, card.json, README.md (the card for people), decision.json, reference.npy and, where
-                  `barlow export` made them of this encoder, int8.onnx and fp16.onnx
-production        a link to one of them, replaced in one step; production/encoder.onnx is what to serve
-withdrawn.json    versions that were rolled back, which `barlow promote` does not bring back by itself
-log/              a JSON file for each decision and each rollback
+versions/v1/      encoder.onnx, card.json, README.md (the card for people), decision.json, reference.npy and, if
+                  `barlow export` made them from this encoder, int8.onnx and fp16.onnx
+production        a link to a version, replaced atomically; serve production/encoder.onnx
+withdrawn.json    versions that were rolled back; `barlow promote` does not promote these again
+log/              one JSON file per decision and per rollback
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from barlow.core.errors import Interrupted, UserError
 
 
 class Version(NamedTuple):
-    """A version of the encoder, which never changes."""
+    """A version of the encoder; its files never change."""
 
     path: Path
 
     @property
     def name(self) -> str:
-        """Return `v` and its number."""
+        """Return the name, such as v3."""
         return self.path.name
 
     @property
     def number(self) -> int:
-        """Return its number, 1 for the first."""
+        """Return the number, 1 for the first version."""
         return int(self.name[1:])
 
     @property
     def onnx(self) -> Path:
-        """Return the encoder."""
+        """Return the path of the encoder."""
         return self.path / "encoder.onnx"
 
     @property
     def reference(self) -> Path:
-        """Return the embeddings of images that it was trained on, float32 (n, dim)."""
+        """Return the path of the embeddings, float32 (n, dim), of a sample of its training images."""
         return self.path / "reference.npy"
 
     @property
     def card(self) -> dict[str, Any]:
-        """Return what is known of it: `sha256` of encoder.onnx, `space`, `classes`, `replaces`, metrics and more.
+        """Return the card: `sha256` of encoder.onnx, `space`, `classes`, `replaces`, `metrics` and more.
 
-        `reduced` are the SHA-256 of the files of lower precision, by name.
+        `reduced` maps the names of files of lower precision to their SHA-256.
         """
         return files.read_json(self.path / "card.json")  # type: ignore[no-any-return]
 
     def damage(self) -> str | None:
-        """Say what is wrong with its files, if anything is."""
+        """Return the first thing that is wrong with its files, or None."""
         try:
             wanted = {self.onnx.name: self.card["sha256"], **self.card.get("reduced", {})}
             for name, sha256 in wanted.items():
@@ -69,7 +69,7 @@ class Version(NamedTuple):
 
 
 class Registry:
-    """The versions in a folder, which several clones and machines may share. What writes holds the lock."""
+    """The versions in a folder, which several clones and machines may share. Whoever writes must hold the lock."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -78,11 +78,11 @@ class Registry:
 
     def versions(self) -> list[Version]:
         """Return all versions, the oldest first."""
-        found = [path for path in self.folder.glob("versions/v*") if re.fullmatch(r"v\d+", path.name)]
-        return sorted(map(Version, found), key=lambda version: version.number)
+        folders = [path for path in self.folder.glob("versions/v*") if re.fullmatch(r"v\d+", path.name)]
+        return sorted(map(Version, folders), key=lambda version: version.number)
 
     def version(self, name: str) -> Version:
-        """Return a version by its name; raises UserError where there is none."""
+        """Return the version of this name; raises UserError if there is none."""
         for version in self.versions():
             if version.name == name:
                 return version
@@ -90,7 +90,7 @@ class Registry:
         raise UserError(f"{self.folder} has no version {name}; it has: {known}")
 
     def production(self) -> Version | None:
-        """Return the version in production, None before the first; raises UserError where it is no longer there."""
+        """Return the version in production, or None before the first; raises UserError if its folder is gone."""
         if not self._pointer.is_symlink():
             return None
         name = self._pointer.readlink().name
@@ -102,7 +102,7 @@ class Registry:
             ) from None
 
     def find(self, sha256: str) -> Version | None:
-        """Return the version with this very encoder.onnx, if there is one."""
+        """Return the newest intact version whose encoder.onnx has this SHA-256, or None."""
         for version in reversed(self.versions()):
             with suppress(OSError, ValueError, KeyError):  # a damaged card
                 if version.card["sha256"] == sha256 and not version.damage():
@@ -110,12 +110,12 @@ class Registry:
         return None
 
     def before(self, version: Version) -> Version | None:
-        """Return the nearest version that was in production before `version`, is intact and was not rolled back."""
+        """Return the last version in production before `version` that is intact and was not rolled back, or None."""
         earlier = self.versions()
         while earlier := [known for known in earlier if known.number < version.number]:
             try:
                 version = next(known for known in earlier if known.name == version.card["replaces"])
-            except (OSError, ValueError, KeyError, StopIteration):  # its card is damaged: go by the numbers
+            except (OSError, ValueError, KeyError, StopIteration):  # the card is damaged: go by the numbers
                 version = earlier[-1]
             if not version.damage() and version.name not in self.withdrawn():
                 return version
@@ -123,10 +123,10 @@ class Registry:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from changing the registry.
+        """Hold the lock, so that no other process changes the registry.
 
         Raises:
-            Interrupted: another one is changing it.
+            Interrupted: another process holds the lock.
             UserError: the folder cannot be written.
         """
         try:
@@ -142,14 +142,18 @@ class Registry:
             yield
 
     def add(self, contents: Mapping[str, Path | str | bytes], card: Mapping[str, Any]) -> Version:
-        """Add a version, whole or not at all: files by name (a path is copied) and the card; its number is the next.
+        """Add the next version, whole or not at all.
+
+        Args:
+            contents: the files by name; a Path is copied.
+            card: the content of card.json, to which `version` is added.
 
         Raises:
             UserError: the disk is full.
         """
         folder = self.folder / "versions"
         folder.mkdir(exist_ok=True)
-        for left in folder.glob(".*.tmp"):  # of a process that was killed; this one holds the lock
+        for left in folder.glob(".*.tmp"):  # left by a process that was killed, since this process holds the lock
             shutil.rmtree(left)
         name = f"v{max([version.number for version in self.versions()], default=0) + 1}"
         temporary = folder / f".{name}.tmp"
@@ -172,7 +176,7 @@ class Registry:
         return Version(folder / name)
 
     def point(self, version: Version) -> None:
-        """Put a version into production, in one step."""
+        """Put a version into production, atomically."""
         temporary = self.folder / ".production.tmp"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(Path("versions") / version.name)
@@ -180,16 +184,16 @@ class Registry:
         files.sync(self.folder)
 
     def withdrawn(self) -> dict[str, str]:
-        """Return when each version was rolled back."""
+        """Return the time at which each withdrawn version was rolled back."""
         return files.read_json(self._withdrawn) if self._withdrawn.exists() else {}
 
     def withdraw(self, version: Version | None, instead: Version) -> None:
-        """Note that `version` was rolled back, and that `instead` is wanted again."""
+        """Record that `version` was rolled back, and that `instead` is no longer withdrawn."""
         left = {name: when for name, when in self.withdrawn().items() if name != instead.name}
         files.write_json(self._withdrawn, left | ({version.name: now()} if version else {}))
 
     def log(self, what: str, entry: Mapping[str, Any]) -> None:
-        """Keep an entry for those who ask later what happened."""
+        """Write an entry to the log; `what` ends its file name."""
         files.write_json(self.folder / "log" / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S%fZ}-{what}.json", entry)
 
 

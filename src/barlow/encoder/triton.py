@@ -1,6 +1,6 @@
 """A model repository for Triton Inference Server (`tritonserver --model-repository models/triton`).
 
-It is for deployments that outgrow `barlow serve`, which speaks the same protocol.
+For deployments that outgrow `barlow serve`. Both speak the same protocol.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from barlow.core import files
 from barlow.encoder.encoder import Encoder
 
 MAX_BATCH = 64
-QUEUE_DELAY = 500  # microseconds that an image waits for others
+QUEUE_DELAY = 500  # microseconds that an image waits for others to fill a batch
 
 CONFIG = """\
 name: "encoder"
@@ -27,9 +27,9 @@ dynamic_batching {{ max_queue_delay_microseconds: {delay} }}
 
 
 def write(onnx: Path, repository: Path) -> None:
-    """Write `encoder/config.pbtxt`, `encoder/1/model.onnx` and, where there are classes, their names for the logits.
+    """Write `encoder/config.pbtxt`, `encoder/1/model.onnx` and, if there are classes, `encoder/classes.txt`.
 
-    Triton makes batches of requests whose images have one size.
+    Triton batches requests whose images have the same size.
     """
     encoder = Encoder(onnx)
     names = repository / "encoder/classes.txt"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from barlow.core import images, webdataset
-from barlow.core.errors import Refused
+from barlow.core.errors import GateError
 from barlow.encoder.encoder import Encoder, Pixels
 from barlow.evaluation import probe
 from barlow.evaluation.features import Split, labelled, through
@@ -30,12 +30,12 @@ def embed(encoder: Encoder, samples: Iterator[webdataset.Sample]) -> Split:
     """Embed images with onnxruntime.
 
     Raises:
-        Refused: an embedding is not finite; the message names the image.
+        GateError: an embedding is not finite; the message names the image.
     """
     split, _ = _embed(encoder, samples)
     for key, finite in zip(split.keys, split.features.isfinite().all(1).tolist(), strict=True):
         if not finite:
-            raise Refused(f"the embedding of image {key} has a NaN or an infinity")
+            raise GateError(f"the embedding of image {key} has a NaN or an infinity")
     return split
 
 

@@ -60,7 +60,7 @@ def read(encoder: Encoder, params: Params) -> Read:
     """Embed the splits and, where train, val and test all have labels, learn from train and predict test.
 
     Raises:
-        Refused: an embedding is not finite; the message names the image.
+        GateError: an embedding is not finite; the message names the image.
     """
     p, classes = params.evaluate, len(webdataset.classes())
     train, val = (embed(encoder, labelled(name)) for name in ("train", "val"))

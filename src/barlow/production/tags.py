@@ -1,7 +1,8 @@
-"""Versions as git tags, in GTO's format: version 3 is `encoder@v3.0.0`, its way into production `encoder#production#N`.
+"""Versions as git tags, in GTO's format: `encoder@v3.0.0` is version 3.
 
-Each tag is on a commit of its own, a child of HEAD with dvc.lock and the metrics as they are, which no branch sees. So
-`git checkout encoder@v3.0.0 && dvc pull` gets what made that version, and nobody's branch moves.
+`encoder#production#N` marks the Nth time that a version was put into production. The tags of a version are on a commit
+of its own, which is on no branch: a child of HEAD that also holds the current dvc.lock and metrics. So
+`git checkout encoder@v3.0.0 && dvc pull` restores what made that version, and no branch moves.
 """
 
 from __future__ import annotations
@@ -16,54 +17,54 @@ from barlow.core.errors import UserError
 from barlow.encoder.registry import Version
 
 NAME, STAGE = "encoder", "production"
-WRITTEN = ("dvc.lock", "data/", "models/", "reports/")  # by stages; else a change is somebody's
+WRITTEN = ("dvc.lock", "data/", "models/", "reports/")  # by stages; a change anywhere else was made by a person
 AUTHOR, EMAIL = "barlow", "barlow@localhost"
 
 
 def require_clean() -> None:
-    """Check that settings and code are committed; fine where there is no git repository.
+    """Check that settings and code are committed, if there is a git repository.
 
     Raises:
-        UserError: they are not.
+        UserError: they are not; the message names the first files.
     """
     if not provenance.commit():
         return
     changed = provenance.git("diff", "--name-only", "--relative", "HEAD").splitlines()
     new = provenance.git("ls-files", "--others", "--exclude-standard", "--", "src", "flows").splitlines()
-    if mine := [name for name in [*changed, *new] if not name.startswith(WRITTEN)]:
-        raise UserError(f"{', '.join(mine[:5])} not committed, so nothing may be promoted; commit or stash it")
+    if edited := [name for name in [*changed, *new] if not name.startswith(WRITTEN)]:
+        raise UserError(f"{', '.join(edited[:5])} not committed, so nothing may be promoted; commit or stash it")
 
 
 def tag(version: Version) -> str:
-    """Tag a version as being in production, where that is not so already; return what was done.
+    """Tag a version as being in production, unless it is tagged so already; return a sentence about the outcome.
 
-    Harmless to repeat: a promotion that was killed before it tagged is tagged by the next one.
+    It may be repeated: if a promotion is killed before it tags, the next one does.
     """
     if not provenance.commit():
         return "no git repository, so no tag"
-    from gto import api  # takes a second, and only a promotion needs it
+    from gto import api  # here: the import takes a second, and only promotions need it
 
     number = f"v{version.number}.0.0"
-    words: dict[str, Any] = {"message": f"registry {version.name}", "author": AUTHOR, "author_email": EMAIL}
+    options: dict[str, Any] = {"message": f"registry {version.name}", "author": AUTHOR, "author_email": EMAIL}
     try:
         if f"{NAME}@{number}" not in provenance.git("tag", "--list", f"{NAME}@*").split():
-            api.register(".", NAME, _snapshot(version), version=number, **words)
+            api.register(".", NAME, _snapshot(version), version=number, **options)
         assigned = provenance.git("tag", "--list", "--sort=-version:refname", f"{NAME}#{STAGE}#*").split()[:1]
         commits = [provenance.git("rev-parse", f"{name}^{{commit}}") for name in (f"{NAME}@{number}", *assigned)]
         if commits[1:] != commits[:1]:
-            api.assign(".", NAME, STAGE, version=number, force=True, **words)
-    except Exception as error:  # gto raises its own, its libraries', and git's; the registry is right all the same
+            api.assign(".", NAME, STAGE, version=number, force=True, **options)
+    except Exception as error:  # of gto, its libraries or git; the registry is right all the same
         reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         return f"the promotion holds, but not its git tag ({str(reason).strip()}); promote again to retry"
     return f"git tags {NAME}@{number} and {NAME}#{STAGE}"
 
 
 def _snapshot(version: Version) -> str:
-    """Commit the tracked files as they are, on no branch; return the commit."""
+    """Commit the tracked files as they are, on no branch; return the hash of the commit."""
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         provenance.git("read-tree", "HEAD", environment=index)
         provenance.git("add", "--update", "--", ".", environment=index)
         tree = provenance.git("write-tree", environment=index)
-    who = ["-c", f"user.name={AUTHOR}", "-c", f"user.email={EMAIL}"]
-    return provenance.git(*who, "commit-tree", tree, "-p", "HEAD", "-m", f"encoder {version.name}")
+    author = ["-c", f"user.name={AUTHOR}", "-c", f"user.email={EMAIL}"]
+    return provenance.git(*author, "commit-tree", tree, "-p", "HEAD", "-m", f"encoder {version.name}")

@@ -1,4 +1,4 @@
-"""Two-sample tests on embeddings: do two sets of images come from one distribution?"""
+"""Two-sample tests on unit embeddings: do two sets of images come from the same distribution?"""
 
 from __future__ import annotations
 
@@ -7,29 +7,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from barlow.encoder.encoder import Vectors
 from barlow.evaluation.probe import fit_linear
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 FOLDS = 5
-L2 = 1.0  # of the classifier, on standardised embeddings; of 0.001 to 1 it found most shifts at 100 to 1000 images
-RESAMPLES = 1000  # of the bootstrap
-RIDGE = 0.1
-
-
-def unit(rows: Vectors) -> Array:
-    """Return the rows (n, dim) at length 1; a row of zeros stays one."""
-    wide: Array = rows.astype(np.float64)
-    wide /= np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
-    return wide
+L2 = 1.0  # penalty of the classifier, on standardised embeddings: the best of 0.001 to 1 at 100 to 1,000 images
+RESAMPLES = 1000  # bootstrap draws
+RIDGE = 0.1  # of `whitened`, in units of the mean variance
 
 
 def whitened(x: Array, y: Array) -> tuple[Array, Array]:
-    """Give all directions of both samples together nearly the same variance, or drift hides where there is little.
+    """Return both samples with nearly the same variance in all directions of the pooled sample (ridge whitening).
 
-    The few directions that tell classes apart have most of an embedding's variance. The ridge is RIDGE times the mean
-    variance. As nothing here asks which row is whose, a permutation test of the outcome is as exact as of the input.
+    The few directions that tell classes apart have most of an embedding's variance. Without whitening, drift in the
+    other directions is hard to see. The transform does not depend on which row is in which sample, so a permutation
+    test stays exact.
     """
     together = np.concatenate([x, y])
     together -= together.mean(axis=0)
@@ -40,11 +33,11 @@ def whitened(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def cross_fitted_scores(x: Array, y: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Score min(m, n) rows of each sample by a classifier that did not see them; a high score says: of `y`.
+    """Score min(m, n) rows of each sample by a classifier that was not trained on them; high scores mean `y`.
 
-    The classifier two-sample test of Lopez-Paz and Oquab, arXiv 1610.06545, by cross-fitted logistic regression. Each
-    fold holds as many rows of x as of y, and a score is the rank within its fold, from 0 to 1. So the classifiers of
-    the folds may differ in offset and scale, and the AUC of all scores together is 1/2 on average under the null.
+    This is the classifier two-sample test (Lopez-Paz and Oquab, arXiv 1610.06545), by cross-fitted logistic regression.
+    Each fold holds as many rows of x as of y. A score is the rank of a row within its fold, from 0 to 1, so the offsets
+    and scales of the folds' classifiers do not matter. Without drift the AUC of all scores is 1/2 on average.
     """
     k = min(len(x), len(y))
     x, y = (rows[rng.permutation(len(rows))[:k]] for rows in (x, y))
@@ -64,10 +57,10 @@ def auc(x: Array, y: Array) -> float:
 
 
 def auc_interval(x: Array, y: Array, rng: np.random.Generator) -> tuple[float, float]:
-    """Return the 95 % percentile-bootstrap interval of the AUC, each sample resampled by itself (Efron, 1979).
+    """Return the 95 % percentile bootstrap interval of the AUC; the samples are resampled separately (Efron, 1979).
 
-    It takes the classifiers as given: that other images would have trained others is no part of it. So it is too narrow
-    for few images: with 512 dimensions and no drift it held 1/2 in 82 % of draws at n = 100, in 88 % at n = 300.
+    The interval ignores that other images would have trained other classifiers, so it is too narrow for few images.
+    With 512 dimensions and no drift, it contained 1/2 in 82 % of draws at n = 100 and in 88 % at n = 300.
     """
     times_x, times_y = (rng.multinomial(len(s), np.full(len(s), 1 / len(s)), RESAMPLES) for s in (x, y))
     aucs = np.einsum("ry,ry->r", times_x @ _wins(y, x).T, times_y) / (len(x) * len(y))
@@ -78,17 +71,17 @@ def auc_interval(x: Array, y: Array, rng: np.random.Generator) -> tuple[float, f
 def mmd_test(x: Array, y: Array, permutations: int, rng: np.random.Generator) -> tuple[float, float]:
     """Return the unbiased squared maximum mean discrepancy of two samples and its permutation p-value.
 
-    Gretton et al., JMLR 13 (2012), eq. 3, with a Gaussian kernel as wide as the median distance in the pooled sample
-    (section 8). Takes memory for a few float64 arrays (m + n, m + n) and (m + n, permutations).
+    Gretton et al., JMLR 13 (2012), eq. 3. The kernel is Gaussian; its width is the median distance in the pooled sample
+    (section 8). The memory is that of a few float64 arrays (m + n, m + n) and (m + n, permutations).
     """
     m, n, pooled = len(x), len(y), np.concatenate([x, y])
     squares = np.einsum("ij,ij->i", pooled, pooled)
     d2 = np.maximum(squares[:, None] + squares - 2 * pooled @ pooled.T, 0)
-    sigma = max(np.median(np.sqrt(d2[np.triu_indices(m + n, 1)])), 1e-3)  # of copies it is 0
+    sigma = max(np.median(np.sqrt(d2[np.triu_indices(m + n, 1)])), 1e-3)  # the median is 0 if all rows are copies
     kernel = np.exp(-d2 / (2 * sigma**2))
     np.fill_diagonal(kernel, 0)  # eq. 3 leaves i = j out
     in_x = np.repeat(np.arange(m + n)[:, None] < m, 1 + permutations, axis=1).astype(np.float64)
-    in_x[:, 1:] = rng.permuted(in_x[:, 1:], axis=0)  # a column a labelling, the first as observed
+    in_x[:, 1:] = rng.permuted(in_x[:, 1:], axis=0)  # one labelling per column; the first is the observed one
     sums = kernel @ in_x
     xx = np.einsum("ip,ip->p", in_x, sums)
     xy = sums.sum(axis=0) - xx

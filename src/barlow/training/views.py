@@ -179,7 +179,7 @@ class TwinViews:
             whole = self._epoch(epoch)
             for batch in range(step % self._batches, self._batches):
                 if self._fill < len(self._samples) and batch + AHEAD < self._batches:
-                    self._samples.ask(whole[batch + AHEAD, self._part])
+                    self._samples.prefetch(whole[batch + AHEAD, self._part])
                 # From 1 on: numpy takes [seed, epoch, 0] for [seed, epoch], the order's.
                 rng, sides = np.random.default_rng([self._seed, epoch, batch + 1]), self._samples.sides[whole[batch]]
                 drawn = (array for view in (0, 1) for array in draw(self._views, view, sides, rng))
