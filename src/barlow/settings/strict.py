@@ -70,7 +70,9 @@ def build(kind: Any, value: Any, file: str, key: str = "") -> Any:
         return tuple(build(k, v, file, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is dict:
         _require(isinstance(value, dict), file, key, value, "a section of `key: value` lines")
-        return value
+        if arguments[1] is Any:
+            return value
+        return {name: build(arguments[1], part, file, f"{key}.{name}".lstrip(".")) for name, part in value.items()}
     if origin in (Union, types.UnionType):  # only `X | None`
         return None if value is None else build(arguments[0], value, file, key)
     checks: dict[Any, tuple[Callable[[Any], bool], str]] = {
