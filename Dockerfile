@@ -2,7 +2,7 @@
 FROM python:3.12-slim-bookworm AS python
 ENV PYTHONUNBUFFERED=1
 
-# The whole pipeline. The project, with its .git, is mounted over the copy: DVC finds its files and versions there.
+# The whole pipeline. Mount the project, with its .git, over the copy: DVC finds its files and versions there.
 #   docker build --target train -t barlow-train .
 #   docker run --user "$(id -u):$(id -g)" --shm-size 2g -v "$PWD:/project" barlow-train
 FROM python AS train
@@ -17,14 +17,14 @@ ENV HOME=/tmp DVC_NO_ANALYTICS=1 DO_NOT_TRACK=1
 USER 10001:10001
 CMD ["dvc", "repro"]
 
-# The default: onnxruntime and an HTTP server. No torch, DALI, DVC or Prefect, and no pyarrow, which only `barlow embed`
-# needs and which would double its size.
+# The default: onnxruntime and an HTTP server, without torch, DALI, DVC or Prefect. pyarrow is left out too: only
+# `barlow embed` needs it, and it would double the size of the image.
 FROM python AS serve
 WORKDIR /app
 COPY requirements-serve.lock ./
 RUN pip install --no-cache-dir --require-hashes --requirement requirements-serve.lock
 COPY src src
-# models/encoder.onnx and models/index, if they were there at build time; else mount them
+# models/encoder.onnx and models/index, if they are there at build time. Otherwise mount them at /app/models.
 COPY models models
 ENV PYTHONPATH=/app/src
 USER 10001:10001

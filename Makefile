@@ -5,7 +5,7 @@ export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
 
 UV := uv==0.13.9
 # with WHEELHOUSE=folder, everything comes from there; --isolated ignores the indexes in pip's settings, --offline in uv's
@@ -72,7 +72,7 @@ lock: .venv/installed ## resolve pyproject.toml again into requirements.lock and
 	$(LOCK) --all-extras --output-file requirements.lock
 	$(LOCK) --extra serve --no-annotate --constraint requirements.lock --output-file requirements-serve.lock
 
-repro: .venv/installed ## run the whole pipeline on data.source; what is up to date is not run again
+repro: .venv/installed ## run the whole pipeline on ingest.source; what is up to date is not run again
 	barlow scan
 	dvc repro
 	barlow summary
@@ -84,6 +84,12 @@ system: # what some tests need besides Python; they skip where this cannot insta
 test: .venv/installed system ## check, then run every test
 	$(MAKE) --no-print-directory check
 	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+TRAINING = tests/training tests/test_pretrain.py tests/test_extract.py tests/test_evaluate.py tests/test_finetune.py \
+  tests/test_export.py
+float32: .venv/installed system ## the tests that train, as on a processor without bf16
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	  $(TRAINING)
 
 soak: .venv/installed system ## the longer proofs, which make test leaves out
 	python -m pytest -m soak
@@ -110,7 +116,7 @@ record: .venv/installed ## keep the figures of the last repro as those that READ
 	python benchmarks/record.py
 
 PRESET ?= cpu
-claims: .venv/installed ## the paper's claims, a figure each in the report; CLAIM=batch_size, PRESET=gpu, JOBS=4 (cpu: about an hour)
+claims: .venv/installed ## the paper's claims, one figure each in the report; CLAIM=batch_size, PRESET=gpu, JOBS=4 (cpu: about an hour)
 	barlow claims $(CLAIM) --preset $(PRESET) --jobs $(or $(JOBS),1)
 	[ ! -e models/encoder.onnx ] || dvc repro --single-item report
 
@@ -129,4 +135,4 @@ clean: ## remove the environment and what the stages wrote; no image folder of y
 	  data/quarantine* data/features models/*.onnx models/*.safetensors models/resume models/reduced models/triton models/index \
 	  reports/pretrain reports/data_docs reports/*.html reports/*.csv
 
-.PHONY: help system setup lock repro test soak check bench seeds gpu record claims serve flows clean wheelhouse
+.PHONY: help system setup lock repro test float32 soak check bench seeds gpu record claims serve flows clean wheelhouse

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from barlow import finetune
-from barlow.core import files, webdataset
+from barlow.core import files, progress, webdataset
 from barlow.core.weights import save_weights
 from barlow.evaluation.figures import Budget
 from barlow.finetune import Study
@@ -146,11 +146,11 @@ def test_without_labels_there_is_nothing_to_finetune(encoder, params, small_shar
 
 
 def test_progress_is_told_where_there_is_no_terminal(encoder, params, monkeypatch, capsys):
-    monkeypatch.setattr(finetune, "SECONDS", 0)
+    monkeypatch.setattr(progress, "SECONDS", 0)
     study = Study(params)
     study.train(None, study.labelled, 0.02, 3)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"60 images, learning rate 0.02: step {step}/3" for step in (1, 2, 3)]
-    monkeypatch.setattr(finetune, "SECONDS", 60)
+    assert lines == [f"60 images, learning rate 0.02: step {step} of 3" for step in (1, 2, 3)]
+    monkeypatch.setattr(progress, "SECONDS", 60)
     study.train(None, study.labelled, 0.02, 3)
     assert capsys.readouterr().out == ""

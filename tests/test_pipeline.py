@@ -26,6 +26,11 @@ def project(reproduced, tmp_path_factory):
     return shutil.copytree(reproduced, tmp_path_factory.mktemp("pipeline") / "barlow", symlinks=True)
 
 
+def python(project, program):
+    """Run a program with the project's own code; return what it printed."""
+    return run(project, "env", "PYTHONPATH=src", sys.executable, "-c", program)
+
+
 def test_the_encoder_serves(project, monkeypatch):
     monkeypatch.chdir(project)
     encoder = Encoder()
@@ -74,6 +79,42 @@ def test_a_param_makes_stale_what_reads_it(project, line, other, stages):
     set_param(project, line, other)
     assert set(json.loads(run(project, "dvc", "status", "--json"))) == stages
     set_param(project, other, line)
+
+
+@pytest.mark.parametrize(
+    ("module", "stages"),
+    [
+        ("serving/engine", set()),
+        ("production/gate", set()),
+        ("settings/params", set()),
+        ("reporting/charts", {"report"}),
+        ("evaluation/intervals", {"evaluate", "finetune", "export", "report"}),
+        ("training/loss", {"pretrain", "extract", "evaluate", "finetune", "export", "report"}),
+    ],
+)
+def test_an_edit_makes_stale_what_imports_it(project, module, stages):
+    """And the checkpoints of a run that was interrupted are still those of this run, unless training changed."""
+
+    def code_hash():
+        return python(project, "from barlow.core import provenance; print(provenance.code_hash('pretrain'))")
+
+    path, before = project / f"src/barlow/{module}.py", code_hash()
+    source = path.read_text()
+    path.write_text(source + "# a comment\n")
+    assert set(json.loads(run(project, "dvc", "status", "--json"))) == stages
+    assert (code_hash() == before) == ("pretrain" not in stages)
+    path.write_text(source)
+
+
+def test_a_new_key_in_promote_runs_nothing(project):
+    schema, params = project / "src/barlow/settings/params.py", project / "params.yaml"
+    before = [(path, path.read_text()) for path in (schema, params)]
+    schema.write_text(schema.read_text().replace("    registry: str\n", "    registry: str\n    hours: Count\n"))
+    params.write_text(params.read_text().replace("promote:", "promote:\n  hours: 3\n", 1))
+    assert python(project, "from barlow.settings import params; print(params.load().promote.hours)").strip() == "3"
+    assert run(project, "dvc", "status").strip() == "Data and pipelines are up to date."
+    for path, text in before:
+        path.write_text(text)
 
 
 def test_metrics_and_plots_are_shown(project):

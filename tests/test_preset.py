@@ -42,7 +42,7 @@ def test_what_changed_is_printed_and_comments_stay(capsys):
     assert comments() == before
     assert "max_side: null" in Path("params.yaml").read_text()
     preset.run("cifar10")
-    assert capsys.readouterr().out == "params.yaml already has all of cifar10\n"
+    assert capsys.readouterr().out == "params.yaml already has every value of cifar10\n"
 
 
 def test_an_unknown_preset():

@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands, but for the port."""
+"""What README.md and docs/ show is run as it stands, but for the port, and what they name exists."""
 
 import json
 import re
@@ -9,16 +9,32 @@ import numpy as np
 import pytest
 import yaml
 from services import encoded, start
+from test_architecture import FLOORS
 
+from barlow import cli
 from barlow.evaluation import tables
 from barlow.evaluation.figures import Evaluation, FineTuning, build
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "flows/README.md"))]
+DOCUMENTS += [ROOT / name for name in ("benchmarks/RESULTS.md", "data/README.md", "models/README.md")]
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+MAP = (ROOT / "docs/how-it-works.md").read_text()
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+def blocks(language, pages=PAGES):
+    """Return the fenced blocks of a language on these pages."""
+    return [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.S)]
+
+
+def code(path):
+    """Return a document's fenced blocks and code spans, one per line."""
+    text = path.read_text()
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    return "\n".join([*re.findall(r"```\w*\n(.*?)```", text, flags=re.S), *(" ".join(span.split()) for span in spans)])
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +50,9 @@ def service(tmp_path_factory, indexed):
 
 def test_curl(service):
     running, folder = service
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("curl")]
+    lines = [line for block in blocks("bash", [ROOT / "docs/serving.md"]) for line in block.splitlines()]
     assert len(lines) == 5
+    assert set("".join(blocks("bash", [ROOT / "README.md"])).splitlines()) <= set(lines)
     results = []
     for line in lines:
         command = "set -e; " + line.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}").replace(
@@ -44,17 +61,17 @@ def test_curl(service):
         done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=30)
         assert done.returncode == 0, (line, done.stderr)
         results.append(done.stdout)
-    embedded, classified, found, encoded_alike, metrics = results
+    embedded, classified, searched, encoded_alike, metrics = results
     assert [result["name"] for result in json.loads(embedded)["results"]] == ["a.jpg", "b.png"]
     assert len(json.loads(classified)["results"][0]["probabilities"]) == 3
-    assert len(json.loads(found)["results"][0]["neighbours"]) == 5
+    assert len(json.loads(searched)["results"][0]["neighbours"]) == 5
     first = json.loads(embedded)["results"][0]["embedding"]
     assert json.loads(encoded_alike)["results"][0]["embedding"] == pytest.approx(first, rel=1e-5)
     assert 'barlow_requests_total{path="/v1/embed",status="200"} 2.0' in metrics
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client's own dependencies
-def test_python(service, monkeypatch, indexed):
+def test_python_against_the_service_and_the_encoder(service, monkeypatch, indexed):
     from barlow.encoder.encoder import Encoder
 
     running, folder = service
@@ -64,20 +81,141 @@ def test_python(service, monkeypatch, indexed):
     names = {}
     exec(program.replace("127.0.0.1:8000", f"127.0.0.1:{running.port}"), names)
     assert names["vector"] == pytest.approx(Encoder("models/encoder.onnx").embed(["a.jpg"]), rel=1e-4, abs=1e-4)
-    [program] = [block for block in blocks("python") if "from barlow import Encoder" in block]
+    programs = [block for block in blocks("python") if "from barlow import Encoder" in block]
+    assert programs
+    for program in programs:
+        exec(program, names)
+        assert names["vectors"] == pytest.approx(Encoder("models/encoder.onnx").embed(["a.jpg", "b.png"]))
+
+
+def test_the_training_loop_of_ones_own_runs():
+    [program] = blocks("python", [ROOT / "docs/python.md"])
+    names = {}
     exec(program, names)
-    assert names["vectors"] == pytest.approx(Encoder("models/encoder.onnx").embed(["a.jpg", "b.png"]))
+    z_a, z_b = ((z - z.mean(0)) / z.std(0, correction=0) for z in (names["z_a"].double(), names["z_b"].double()))
+    assert names["c"].detach().numpy() == pytest.approx((z_a.T @ z_b / 64).detach().numpy(), abs=1e-3)
+
+
+def test_python_page_names_all_that_is_public():
+    import barlow
+
+    text = (ROOT / "docs/python.md").read_text()
+    assert {name for name in barlow.__all__ if f"| `{name}" in text} == {*barlow.__all__}
 
 
 def test_the_rates_for_images_of_ones_own_are_a_tenth_of_the_defaults():
-    """As the comment on `ingest.source` has them too."""
-    [block] = [yaml.safe_load(block) for block in blocks("yaml") if "lr_weights" in block]
+    """README.md, docs/own-images.md and the comment on `ingest.source` name the same rates."""
+    wanted = {"pretrain": {name: pytest.approx(PARAMS["pretrain"][name] / 10) for name in ("lr_weights", "lr_biases")}}
+    named = [yaml.safe_load(block) for block in blocks("yaml") if "lr_weights" in block]
+    assert named == [wanted, wanted]
     text = (ROOT / "params.yaml").read_text()
-    defaults = yaml.safe_load(text)["pretrain"]
-    assert block == {"pretrain": {name: pytest.approx(defaults[name] / 10) for name in ("lr_weights", "lr_biases")}}
     before = text[: text.index("  source: synthetic")]
-    for name, value in block["pretrain"].items():
+    for name, value in named[0]["pretrain"].items():
         assert f"pretrain.{name}: {value}" in before
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 900, "README.md is the front door: move details into docs/"
+    assert (ROOT / "docs/report.png").stat().st_size < 300_000
+
+
+def test_readme_names_the_figure_of_its_table_in_the_text():
+    [linear] = re.findall(r"^linear probe +([\d.]+)", README, flags=re.M)
+    assert f"{linear} % in float32 (the table)" in " ".join(README.split())
+
+
+def test_readme_lists_every_page():
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", README))
+    assert linked == {f"docs/{page.name}" for page in PAGES[1:]}
+
+
+def anchor(heading):
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@each_document
+def test_every_relative_link_leads_to_a_file_and_a_heading(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if re.match(r"https?://", target):
+            continue
+        name, _, heading = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.is_file(), f"{target} leads nowhere"
+        if heading:
+            assert heading in map(anchor, re.findall(r"^#+ (.*)$", file.read_text(), flags=re.M)), target
+
+
+def targets(pattern=""):
+    """Return the targets of the Makefile whose line has the pattern."""
+    return set(re.findall(rf"^([a-z0-9-]+):{pattern}", (ROOT / "Makefile").read_text(), flags=re.M))
+
+
+def commands():
+    """Return the commands that `barlow` accepts."""
+    [choices] = [action.choices for action in cli.parser()._actions if action.dest == "command"]
+    return set(choices)
+
+
+@each_document
+def test_every_command_named_exists(path):
+    text = code(path)
+    assert set(re.findall(r"\bmake ([a-z][a-z0-9-]*)", text)) <= targets()
+    assert set(re.findall(r"(?<!from )\bbarlow(?:\.cli)? ([a-z]+)", text)) <= commands()
+
+
+def test_every_command_is_on_the_page_of_commands():
+    text = code(ROOT / "docs/commands.md")
+    assert set(re.findall(r"\bmake ([a-z0-9-]+)", text)) >= targets(".*## ")
+    assert set(re.findall(r"\bbarlow ([a-z]+)", text)) >= commands()
+
+
+@each_document
+def test_every_file_of_the_project_named_exists(path):
+    text = code(path)
+    named = set(re.findall(r"\b(?:src|tests|benchmarks|presets|flows|docs)/[\w./-]*\w", text))
+    rooms = "|".join(folder.name for folder in (ROOT / "src/barlow").iterdir() if folder.is_dir())
+    named |= {f"src/barlow/{name}" for name in re.findall(rf"(?<![\w/])(?:{rooms})/\w+\.py", text)}
+    assert [name for name in sorted(named) if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
+@each_document
+def test_every_setting_named_exists(path):
+    for section, key in re.findall(rf"(?<![\w/.])({'|'.join(PARAMS)})\.([a-z0-9_]+)", code(path)):
+        assert key in PARAMS[section] or key in ("py", "json"), f"{section}.{key} is not in params.yaml"
+
+
+@pytest.mark.parametrize(
+    "path", [*PAGES, ROOT / "flows/README.md", ROOT / "data/README.md"], ids=lambda path: path.stem
+)
+def test_no_page_uses_a_name_that_has_changed(path):
+    old = r"\bdata\.[a-z_]+\b(?!/)|validation\.json|report --compare|off_diagonal|on_diagonal"
+    assert re.findall(old, code(path)) == []
+
+
+def test_the_map_names_every_command_and_every_part():
+    package = ROOT / "src/barlow"
+    entries = {path.parent.name for path in package.glob("*/__init__.py")} | {
+        path.stem for path in package.glob("*.py")
+    }
+    listing = re.search(r"^ingest validate.*?```", MAP, flags=re.S | re.M).group()
+    named = " ".join(re.findall(r"^[a-z]+(?: [a-z]+)*(?=  )", listing, flags=re.M)).split()
+    named += re.findall(r"^\| \d \| `(\w+)`", MAP, flags=re.M)
+    assert sorted(named) == sorted(entries - {"__init__", "cli"})
+
+
+def test_the_map_has_the_floors_of_the_architecture():
+    floors = {name: int(number) for number, name in re.findall(r"^\| (\d) \| `(\w+)`", MAP, flags=re.M)}
+    assert floors == {name: i + 1 for i, floor in enumerate(FLOORS) for name in floor if name in floors}
+
+
+def test_the_map_tells_what_each_stage_writes():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", MAP, flags=re.M))
+    assert list(rows) == list(stages)
+    for name, stage in stages.items():
+        outs = {out if isinstance(out, str) else next(iter(out)) for out in stage.get("outs", [])}
+        assert set(re.findall(r"`([^`]+)`", rows[name])) == outs, name
 
 
 def recorded(name):

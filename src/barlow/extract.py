@@ -1,11 +1,11 @@
-"""`barlow extract`: what three encoders make of the images, computed once and kept for all that is measured on it.
+"""`barlow extract`: embed the images once, by the pretrained encoder and two baselines, for all that is measured later.
 
 Reads models/encoder.safetensors and data/shards. Writes data/features/{pretrained,random,pixels}.safetensors, which
-`features.load` reads. The two baselines are an untrained network of the same shape, and the pixels themselves.
+`features.load` reads. The baselines are an untrained network of the same shape, and the pixels themselves.
 
-Features are the backbone's, of the whole image resized, with no augmentation. Of train, val and test they are those of
-the labelled images (of a test split without labels: of its first images); `health` are images of val, or of pretrain
-where val is small, and `view_a` and `view_b` two distorted views of as many.
+Features are the backbone's output for the whole image, resized, with no augmentation. The splits train, val and test
+hold the labelled images (a test split without labels: its first images). `health` holds images of val, or of pretrain
+where val is small; `view_a` and `view_b` hold two distorted views of as many images.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from barlow.core import files, images, webdataset
+from barlow.core.progress import shown
 from barlow.evaluation import features
 from barlow.evaluation.features import CHUNK, Split
 from barlow.settings.params import Params
@@ -25,13 +26,13 @@ from barlow.training import distributed, model
 from barlow.training.views import TwinViews
 
 SPLITS = ("train", "val", "test")
-MIN_HEALTH_IMAGES = 100  # in val; with fewer the health figures come from pretrain
-HEALTH_IMAGES = 2000  # that the health figures look at; pairwise distances cost its square
-PIXELS = 32  # px, the side of the images that are features themselves, at most
+MIN_HEALTH_IMAGES = 100  # in val; with fewer, the health figures come from pretrain
+HEALTH_IMAGES = 2000  # for the health figures, whose pairwise distances cost the square of this
+PIXELS = 32  # px, the largest side of the images of the baseline `pixels`
 
 
 def run(params: Params) -> None:
-    """Write the features of the pretrained encoder, and of both baselines if they are wanted.
+    """Write the features of the pretrained encoder and, with `extract.baselines`, of both baselines.
 
     Raises:
         UserError: there is no encoder, or no shards.
@@ -45,13 +46,15 @@ def run(params: Params) -> None:
         side = min(params.views.size, PIXELS)
         features.save("pixels", {split: pixels(split, side) for split in SPLITS})
     for name, network in networks.items():
-        splits = {split: features.embed(network, images_of(split), device) for split in SPLITS}
+        splits = {
+            split: features.embed(network, shown(images_of(split), f"{name}, {split}"), device) for split in SPLITS
+        }
         features.save(name, splits | health(network, params, device))
     print(f"{files.FEATURES}: " + ", ".join(f"{len(split.keys)} images of {name}" for name, split in splits.items()))
 
 
 def images_of(split: str) -> Iterator[webdataset.Sample]:
-    """Yield the labelled images of a split; of a test split without labels the first, for their neighbours."""
+    """Yield the labelled images of a split; of a test split without labels its first images, for their neighbours."""
     samples = features.labelled(split)
     first = next(samples, None)
     if first is not None:
@@ -60,7 +63,7 @@ def images_of(split: str) -> Iterator[webdataset.Sample]:
 
 
 def health(encoder: model.FrozenEncoder, params: Params, device: torch.device) -> dict[str, Split]:
-    """Return features that need no label, of up to 2,000 images and of both views of as many."""
+    """Return features for the health figures: of up to 2,000 images, and of both views of as many."""
     tars = webdataset.tars("val")
     if webdataset.count(tars) < MIN_HEALTH_IMAGES:
         tars = webdataset.tars("pretrain")
@@ -80,11 +83,13 @@ def health(encoder: model.FrozenEncoder, params: Params, device: torch.device) -
 
 
 def pixels(split: str, side: int) -> Split:
-    """Return images shrunk to `side` squared as features, uint8 (n, 3 * side * side)."""
+    """Return images, shrunk to `side` squared, as features: uint8 (n, 3 * side * side)."""
 
     def shrunk(data: bytes) -> Tensor:
         image = torch.tensor(images.decode(data))[None].permute(0, 3, 1, 2).float()
         resized = functional.interpolate(image, (side, side), mode="bilinear", antialias=True)
         return resized.round().clamp(0, 255).to(torch.uint8).flatten(1)
 
-    return features.through(images_of(split), shrunk, lambda parts: torch.cat(list(parts)), 3 * side**2)
+    return features.through(
+        shown(images_of(split), f"pixels, {split}"), shrunk, lambda parts: torch.cat(list(parts)), 3 * side**2
+    )

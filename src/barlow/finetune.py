@@ -7,16 +7,16 @@ many images as pretraining did. The protocol is in docs/evaluation.md.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from barlow.core import files, webdataset
+from barlow.core.progress import shown
 from barlow.evaluation import features, intervals, probe
 from barlow.evaluation.figures import Budget, FineTuned, FineTuning, Network, Supervised, write
 from barlow.settings.params import Params
@@ -26,9 +26,7 @@ from barlow.training.views import single_views
 
 WARMUP = 0.1  # of the steps
 TRIAL = 0.1  # share of the supervised network's steps that a trial of a learning rate takes
-SECONDS = 10  # between two progress lines without a terminal
 Weights = dict[str, Tensor]
-Batch = TypeVar("Batch")
 
 
 def run(params: Params) -> None:
@@ -134,7 +132,8 @@ class Study:
         optimizer = torch.optim.SGD(network.parameters(), lr, p.momentum, weight_decay=p.weight_decay, nesterov=True)
         bf16 = model.computes_bf16(self.pretrain.precision, self.device)
         batches = single_views(self.samples, numbers, self.views, p.batch_size, steps, p.seed, self.device.index)
-        for step, (view, chosen) in enumerate(shown(batches, steps, f"{len(numbers)} images, learning rate {lr:g}")):
+        title = f"{len(numbers)} images, learning rate {lr:g}"
+        for step, (view, chosen) in enumerate(shown(batches, title, steps, "step")):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 logits = network(view.contiguous(memory_format=torch.channels_last))
             loss = functional.cross_entropy(logits.float(), self.labels[chosen].to(self.device))
@@ -143,18 +142,3 @@ class Study:
             for group in optimizer.param_groups:
                 group["lr"] = warmup_cosine(step, steps, round(WARMUP * steps), lr, 0.0)
             optimizer.step()
-
-
-def shown(batches: Iterable[Batch], steps: int, title: str) -> Iterator[Batch]:
-    """Yield the batches; show a progress bar in a terminal, else print a line every ten seconds."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm  # imported here so that a machine without tqdm can train
-
-        yield from tqdm(batches, title, steps, leave=False, unit="step")
-        return
-    printed = time.monotonic()
-    for step, batch in enumerate(batches, 1):
-        yield batch
-        if time.monotonic() - printed > SECONDS:
-            print(f"{title}: step {step}/{steps}", flush=True)
-            printed = time.monotonic()

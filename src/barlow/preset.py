@@ -1,4 +1,4 @@
-"""`barlow preset NAME`: merge presets/NAME.yaml into params.yaml, comments kept, and print what changed."""
+"""`barlow preset NAME`: merge presets/NAME.yaml into params.yaml, keep the comments, and print what changed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ FOLDER = Path("presets")
 
 
 def run(name: str) -> None:
-    """Merge a preset in; the file is written only if the result is valid.
+    """Merge a preset into params.yaml, which is written only if the result is valid.
 
     Raises:
-        UserError: there is no such preset, or with it params.yaml would not be valid.
+        UserError: there is no such preset, or params.yaml is not valid before or after the merge.
     """
     known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     if name not in known:
         raise UserError(f"preset {name!r} is not in {FOLDER}/; there are: {', '.join(known) or 'none'}")
     params.load()
-    from ruamel.yaml import YAML  # here: `merge` needs no more than dicts
+    from ruamel.yaml import YAML  # here, since `merge` works without it
 
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 120
@@ -34,11 +34,11 @@ def run(name: str) -> None:
     with files.replacing(params.PARAMS) as temporary:
         yaml.dump(document, temporary)
         params.load(temporary)
-    print("\n".join(changes) or f"params.yaml already has all of {name}")
+    print("\n".join(changes) or f"params.yaml already has every value of {name}")
 
 
 def merge(document: Any, overlay: dict[str, Any], prefix: str) -> Iterator[str]:
-    """Overwrite the leaves of `overlay` in `document`; yield a line for each that was another value."""
+    """Write the values of `overlay` into `document`; yield one line per value that changed."""
     for key, value in overlay.items():
         if isinstance(value, dict) and isinstance(document.get(key), dict):
             yield from merge(document[key], value, f"{prefix}{key}.")

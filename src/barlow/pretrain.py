@@ -1,8 +1,8 @@
-"""`barlow pretrain`: learn an encoder without labels, in one process a GPU; on several machines, under torchrun.
+"""`barlow pretrain`: learn an encoder without labels, in one process per GPU; on several machines, under torchrun.
 
 Reads data/shards/pretrain-*.tar. Writes models/encoder.safetensors (the backbone), models/correlation.safetensors (a
 corner of C at the first, the middle and the last step), reports/pretrain.json and the curves in reports/pretrain/.
-While it runs, a folder in models/resume holds its checkpoints: started again after a crash it goes on from the last.
+While a run trains, a folder in models/resume holds its checkpoints. Started again, it resumes from the last one.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from barlow.training.loss import ablated_loss
 from barlow.training.progress import Curves, Progress
 from barlow.training.state import Training
 
-STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: what SLURM can send before a job's time is over
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM can send USR1 before a job's time is over
 
 
 def run(params: Params, dry_run: bool = False) -> None:
-    """Train for `pretrain.epochs` over the pretrain shards, going on from a checkpoint of the same run.
+    """Train for `pretrain.epochs` over the pretrain shards, from the last checkpoint of the same run if there is one.
 
     `dry_run` prints what would run, and trains nothing.
 
@@ -57,11 +57,12 @@ def train(params: Params, device: torch.device, written: type[Curves] = Curves) 
     """Train in this process, one of `distributed.world_size()`; `written` keeps a row per epoch."""
     p, run = params.pretrain, Training(params, device)
     bf16 = model.computes_bf16(p.precision, device)
-    chatty, start = distributed.rank() == 0, [headline(run, bf16), run.resume()]
+    resumed = run.resume()
+    chatty = distributed.rank() == 0
     if chatty:
         for text in checkpoint.others(run.folder, run.identity):
             print(f"warning: {text}", file=sys.stderr)
-        print(*start, sep="\n", flush=True)
+        print(headline(run, bf16), resumed, sep="\n", flush=True)
     run.views.build()
     curves = written(run.history)
     saved = time.monotonic()
@@ -98,7 +99,7 @@ def train(params: Params, device: torch.device, written: type[Curves] = Curves) 
 
 
 def finish(run: Training) -> None:
-    """Write what later stages read, then drop this run's checkpoints: a forced run should train again."""
+    """Write what later stages read, then delete this run's checkpoints, so that a forced run trains again."""
     metadata = run.identity | {"version": __version__, "steps": run.step}
     save_weights(files.ENCODER, run.network.backbone.state_dict(), metadata)
     save_weights(files.CORRELATION, run.correlation, {})
@@ -109,7 +110,7 @@ def finish(run: Training) -> None:
 
 
 def online_knn(run: Training, params: Params) -> dict[str, float]:
-    """Return the kNN accuracy on val, every `pretrain.knn_epochs` epochs where there are labels; from all processes."""
+    """Return the kNN accuracy on val every `pretrain.knn_epochs` epochs, where there are labels."""
     every, epoch = params.pretrain.knn_epochs, run.step // run.epoch_steps
     if every is None or epoch % every:
         return {}
@@ -120,7 +121,7 @@ def online_knn(run: Training, params: Params) -> dict[str, float]:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that the signals add themselves to, instead of ending the process."""
+    """Yield a list to which each signal is added, instead of ending the process."""
     received: list[int] = []
     before = [signal.signal(kind, lambda number, _: received.append(number)) for kind in STOP]
     try:

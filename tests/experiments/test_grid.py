@@ -11,7 +11,7 @@ from barlow.settings import params as settings
 from barlow.settings import strict
 
 ROOT = Path(__file__).parents[2]
-INPUTS = {"sections": ["model", "pretrain"], "code": {"src/a.py": "1"}, "shards": "2"}
+INPUTS = {"sections": ["model", "pretrain"], "code": "1", "shards": "2"}
 RULE = {"compare": ["64"], "against": "32", "difference": "above", "points": -5, "text": "..."}
 CLAIM = {"name": "batch", "title": "t", "claim": "c", "x_label": "x", "rule": RULE}
 POINTS = [{"label": "32", "params": {"pretrain.batch_size": 32}}, {"label": "64", "params": {}}]
@@ -88,7 +88,7 @@ def test_a_name_follows_from_all_that_is_read_and_nothing_else(params):
     assert name() == name(pretrain__batch_size=64)  # as params.yaml has it
     assert name() == name(report__images=3)  # no stage of the experiment reads that
     changed = [name(pretrain__batch_size=32), name(model__arch="resnet18"), name(INPUTS | {"shards": "3"})]
-    changed += [name(INPUTS | {"code": {"src/a.py": "2"}}), name(preset="gpu"), name(pretrain__seed=1)]
+    changed += [name(INPUTS | {"code": "2"}), name(preset="gpu"), name(pretrain__seed=1)]
     assert len({name(), *changed}) == 7
 
 

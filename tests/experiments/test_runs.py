@@ -1,4 +1,6 @@
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ import psutil
 import pytest
 import yaml
 
-from barlow.core import files
+from barlow.core import files, provenance
 from barlow.core.errors import Interrupted, UserError
 from barlow.experiments import runs
 
@@ -19,17 +21,17 @@ def git(*arguments):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A git repository with what `inputs` reads, committed."""
+    """A git repository with dvc.yaml, dvc.lock and a source file, all committed."""
     monkeypatch.chdir(tmp_path)
     stages = {
-        "pretrain": {"deps": ["data/shards", "src/a.py"], "params": ["model", "pretrain.seed"]},
-        "evaluate": {"deps": ["src/a.py", "src/b.py", "models/encoder"], "params": ["evaluate"]},
-        "report": {"deps": ["src/c.py"], "params": ["report"]},
+        "pretrain": {"deps": ["data/shards", "src"], "params": ["model", "pretrain.seed"]},
+        "extract": {"deps": ["src", "models/encoder"]},
+        "evaluate": {"deps": ["src", "data/features"], "params": ["evaluate", "extract.baselines"]},
+        "report": {"deps": ["src"], "params": ["report"]},
     }
     lock = {"stages": {"shard": {"outs": [{"path": "data/shards", "md5": "abc.dir"}]}}}
     (tmp_path / "src").mkdir()
-    for name in "abc":
-        (tmp_path / f"src/{name}.py").write_text(name)
+    (tmp_path / "src/a.py").write_text("a")
     for name, content in {"dvc.yaml": {"stages": stages}, "dvc.lock": lock}.items():
         (tmp_path / name).write_text(yaml.safe_dump(content))
     git("init", "--quiet")
@@ -38,10 +40,38 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_inputs_are_code_data_and_sections(repository, monkeypatch):
-    monkeypatch.setattr(runs, "STAGES", ("pretrain", "evaluate"))
-    code = {f"src/{name}.py": files.sha256(f"src/{name}.py") for name in "ab"}
-    assert runs.inputs() == {"code": code, "sections": ["evaluate", "model", "pretrain"], "shards": "abc.dir"}
+def test_inputs_are_code_data_and_sections(repository):
+    inputs = runs.inputs()
+    assert re.fullmatch("[0-9a-f]{64}", inputs.pop("code"))
+    assert inputs == {"sections": ["evaluate", "extract", "model", "pretrain"], "shards": "abc.dir"}
+
+
+def test_the_code_is_what_the_stages_of_an_experiment_import(repository, monkeypatch):
+    """A change in one of their modules makes other experiments; one in the service or the report does not."""
+    package = shutil.copytree(provenance.PACKAGE, repository / "barlow")
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+    before = runs.inputs()["code"]
+    for name in ("serving/engine", "reporting/charts", "report", "finetune", "claims", "experiments/runs"):
+        with (package / f"{name}.py").open("a") as source:
+            source.write("# a comment\n")
+    assert runs.inputs()["code"] == before
+    hashes = {before}
+    for name in ("pretrain", "extract", "evaluate", "training/loss", "evaluation/probe", "core/webdataset"):
+        with (package / f"{name}.py").open("a") as source:
+            source.write("# a comment\n")
+        hashes.add(runs.inputs()["code"])
+    assert len(hashes) == 7
+
+
+def test_the_project_itself_has_inputs(request, monkeypatch):
+    """Its stages depend on folders of code, and its shards on one folder."""
+    monkeypatch.chdir(request.config.rootpath)
+    inputs = runs.inputs()
+    assert inputs["sections"] == ["evaluate", "extract", "model", "pretrain", "views"]
+    assert inputs["shards"].endswith(".dir")
+
+
+def test_a_project_without_dvc_lock_in_git_has_none(repository):
     git("rm", "--cached", "--quiet", "dvc.lock")
     with pytest.raises(UserError, match=r"git add dvc\.lock"):
         runs.inputs()
@@ -102,7 +132,7 @@ subprocess.run(["git", "update-ref", f"refs/exps/aa/bb/{name}", "HEAD"], check=T
 
 @pytest.fixture
 def fake(repository, monkeypatch):
-    """In place of DVC a script that does, by an experiment's name, what is tested."""
+    """A script in place of DVC. The experiment's name decides what the script does."""
     (repository / "dvc.py").write_text(FAKE)
     monkeypatch.setattr(runs, "SECONDS", 0)
     environment = os.environ | {"PYTHONPATH": str(repository), "TESTED": str(os.getpid())}

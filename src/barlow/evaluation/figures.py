@@ -84,7 +84,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """reports/evaluate.json."""
+    """The content of reports/evaluate.json."""
 
     classes: int
     images: Images

@@ -1,1 +1,1 @@
-"""The parts of `barlow claims`: the grid of experiments, and DVC running them."""
+"""The parts of `barlow claims`: the grid of experiments, and the DVC runs."""

@@ -1,4 +1,4 @@
-"""The experiments of `barlow claims`: presets/claims/NAME.yaml, what each sets of params.yaml, and its name."""
+"""The experiments of `barlow claims`: what presets/claims/NAME.yaml lists, the params of each, and each one's name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ FOLDER = Path("presets/claims")
 
 @dataclass(frozen=True)
 class Rule:
-    """What decides a claim: the differences in accuracy of some points to another, all above or all below a bound."""
+    """How a claim is decided.
+
+    The accuracy of each point in `compare`, minus that of the point `against`, must be above (or below) `points`.
+    """
 
     compare: tuple[str, ...]
     against: str
@@ -30,7 +33,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a figure: what it sets besides `base`."""
+    """A point of a claim's figure, and the params that it sets in addition to `Grid.base`."""
 
     label: str
     params: dict[str, Any]
@@ -62,8 +65,8 @@ def load(preset: str, params: Params) -> Grid:
     """Read presets/claims/PRESET.yaml, which must fit params.yaml.
 
     Raises:
-        UserError: there is no such preset, it is for other data, a key is unknown, missing or has an impossible value,
-            here or in a point's params, or two claims or two points of one have the same name.
+        UserError: there is no such preset; it is for other data; a key is unknown, missing or not allowed, in the
+            preset or in a point's params; or two claims, or two points of one claim, have the same name.
     """
     known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     if preset not in known:
@@ -81,17 +84,17 @@ def load(preset: str, params: Params) -> Grid:
             apply(params, grid.base | point.params, f"{path}: {claim.name}, {point.label}")
     if params.ingest.source != grid.data:
         raise UserError(
-            f"{path} is for ingest.source={grid.data}, and params.yaml has {params.ingest.source}; set it, with "
-            f"what belongs to it (`barlow preset`), or choose another of {', '.join(known)}"
+            f"{path} is for ingest.source={grid.data}, and params.yaml has {params.ingest.source}; set it and the "
+            f"settings that suit it (`barlow preset`), or choose another preset: {', '.join(known)}"
         )
     return grid
 
 
 def choose(grid: Grid, names: list[str]) -> list[Claim]:
-    """Return the claims of those names, or all where there is none.
+    """Return the claims with these names, in the grid's order; all claims if `names` is empty.
 
     Raises:
-        UserError: there is no claim of a name.
+        UserError: no claim has one of the names.
     """
     known = {claim.name: claim for claim in grid.claims}
     for name in names:
@@ -101,17 +104,17 @@ def choose(grid: Grid, names: list[str]) -> list[Claim]:
 
 
 def overrides(grid: Grid, point: Point, seed: int) -> dict[str, Any]:
-    """Return all that an experiment sets, by dotted key."""
+    """Return every param that an experiment sets, by dotted key."""
     return {**grid.base, **point.params, "pretrain.seed": seed}
 
 
 def apply(params: Params, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return params.yaml, as a document, with other values by dotted key.
+    """Return the document of params.yaml with `values`, given by dotted key, put in.
 
     Raises:
-        UserError: a key is unknown or a value impossible; names `where`.
+        UserError: a key is unknown or a value is not allowed; the message begins with `where`.
     """
-    document: dict[str, Any] = json.loads(json.dumps(asdict(params)))
+    document: dict[str, Any] = json.loads(json.dumps(asdict(params)))  # tuples become lists, as YAML has them
     for key, value in values.items():
         *sections, last = key.split(".")
         inner = document
@@ -123,16 +126,16 @@ def apply(params: Params, values: Mapping[str, Any], where: str) -> dict[str, An
 
 
 def name(preset: str, document: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
-    """Name an experiment by all that its stages read: two of the same name would have the same result.
+    """Name an experiment by everything that its stages read, so that equal names mean equal results.
 
-    `document` is what `apply` returns; `inputs` has its `sections` that count, and what else the stages read.
+    `document` is from `apply`, `inputs` from `runs.inputs`. Only the sections in `inputs["sections"]` count.
     """
     read = {section: document[section] for section in inputs["sections"]}
     text = json.dumps([read, inputs], sort_keys=True)
     return f"claims-{preset}-{hashlib.sha256(text.encode()).hexdigest()[:10]}-s{document['pretrain']['seed']}"
 
 
-def _require_distinct(names: list[str], what: str) -> None:
+def _require_distinct(names: list[str], where: str) -> None:
     for each in names:
         if names.count(each) > 1:
-            raise UserError(f"{what} have {each!r} twice; rename one")
+            raise UserError(f"{where} have {each!r} twice; rename one")

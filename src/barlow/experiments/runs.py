@@ -1,10 +1,11 @@
-"""DVC experiments: run some at a time, each in a temporary copy of the project, and read what they wrote from git.
+"""DVC experiments: run several at a time, each in a temporary copy of the project, and read their results from git.
 
-They start from a clone of the project as it is when the first one starts. To start one, DVC checks out other commits
-and writes other params for a moment; and whoever edits the project meanwhile would edit the experiments to come.
+All experiments start from one clone of the project, made when the first one starts. There are two reasons. To start an
+experiment, DVC briefly checks out other commits and writes other params. And an edit of the project meanwhile would
+change the experiments that have not started yet.
 
-`dvc exp run --temp`, and not DVC's own queue: interrupted, that leaves the training running and a task which the next
-`dvc exp run --run-all` waits for without end (seen with DVC 3.67).
+Experiments run by `dvc exp run --temp`, not by DVC's own queue. An interrupted queue leaves the training running, and
+the next `dvc exp run --run-all` waits forever for the interrupted task (seen with DVC 3.67).
 """
 
 from __future__ import annotations
@@ -25,68 +26,67 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
-from barlow.core import files
 from barlow.core.errors import Interrupted, UserError
-from barlow.core.provenance import commit, git
+from barlow.core.provenance import code_hash, commit, git
 from barlow.settings import strict
 
 STAGES = ("pretrain", "extract", "evaluate")
-TRIES = 5  # where DVC itself fails: another of its processes may hold a lock
-SECONDS = 2  # between two of them
+TRIES = 5  # of an experiment that DVC fails to start: another DVC process may hold a lock
+SECONDS = 2  # between two tries
 
 
 def inputs() -> dict[str, Any]:
-    """Return what the experiments read besides values of params.yaml: hashes of code and data, and the sections.
+    """Return what experiments read besides values of params.yaml.
+
+    `code` and `shards` are hashes of code and data; `sections` are the sections of params.yaml that the stages read.
 
     Raises:
-        UserError: dvc.lock, which says what the shards are, is not in git: experiments would not have it.
+        UserError: dvc.lock, which holds the shards' hash, is not in git, so experiments would not have it.
     """
     if not (commit() and git("ls-files", "dvc.lock")):
-        raise UserError("dvc.lock is not in git, and experiments see only what is: git add dvc.lock")
+        raise UserError("dvc.lock is not in git, and experiments see only files in git; run `git add dvc.lock`")
     stages = strict.read_yaml("dvc.yaml")["stages"]
-    code = {dep for stage in STAGES for dep in stages[stage]["deps"] if dep.startswith("src/")}
     sections = {name.partition(".")[0] for stage in STAGES for name in stages[stage].get("params", [])}
     (shards,) = strict.read_yaml("dvc.lock")["stages"]["shard"]["outs"]
-    return {
-        "code": {path: files.sha256(path) for path in sorted(code)},
-        "sections": sorted(sections),
-        "shards": shards["md5"],
-    }
+    return {"code": code_hash(*STAGES), "sections": sorted(sections), "shards": shards["md5"]}
 
 
 def dvc(*arguments: str) -> None:
     """Run DVC in the foreground.
 
     Raises:
-        UserError: it failed; it has said why.
+        UserError: DVC failed; DVC has printed why.
     """
     if subprocess.run(_dvc(*arguments), env=_environment()).returncode != 0:
         raise UserError(f"`dvc {' '.join(arguments)}` failed; see above")
 
 
 def finished(project: Path | str = ".") -> dict[str, str]:
-    """Return the git references of all experiments there are, by name."""
+    """Return the git reference of each finished experiment, by name."""
     references = git("for-each-ref", "refs/exps", "--format=%(refname)", project=project).splitlines()
     return {reference.rpartition("/")[2]: reference for reference in references}
 
 
 def read(reference: str, path: Path | str) -> Any:
-    """Return a JSON file of what a git reference names."""
+    """Return the content of a JSON file in the commit that a git reference names."""
     return json.loads(git("show", f"{reference}:./{path}"))
 
 
 def assignment(key: str, value: Any) -> str:
-    """Return what `dvc exp run --set-param` takes."""
+    """Return `key=value` as `dvc exp run --set-param` takes it, floats without an exponent."""
     if isinstance(value, float):
         return f"{key}={Decimal(repr(value)):f}"
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def run(todo: Mapping[str, Mapping[str, Any]], jobs: int) -> Iterator[tuple[str, str | None]]:
-    """Run experiments, `jobs` at a time, each with the params that it sets; yield (name, why it failed or None).
+    """Run experiments, `jobs` at a time; yield each one's name and why it failed, or None if it did not.
+
+    `todo` holds, by name, the params that each experiment sets, by dotted key.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; what ran was stopped, and what has ended is kept.
+        Interrupted: SIGINT or SIGTERM came. Running experiments are stopped, finished ones are kept.
+        UserError: DVC itself cannot run an experiment.
     """
     running, stopping = set[subprocess.Popen[str]](), threading.Event()
     handlers = {kind: signal.signal(kind, _interrupt) for kind in (signal.SIGINT, signal.SIGTERM)}
@@ -106,7 +106,7 @@ def run(todo: Mapping[str, Mapping[str, Any]], jobs: int) -> Iterator[tuple[str,
                     _kill(process)
                 pool.shutdown(cancel_futures=True)
     except KeyboardInterrupt:
-        raise Interrupted("stopped; run again to go on: experiments that have ended are not run again") from None
+        raise Interrupted("stopped; run again to go on: finished experiments are kept") from None
     finally:
         for kind, handler in handlers.items():
             signal.signal(kind, handler)
@@ -114,9 +114,9 @@ def run(todo: Mapping[str, Mapping[str, Any]], jobs: int) -> Iterator[tuple[str,
 
 @contextmanager
 def _clone() -> Iterator[Path]:
-    """Clone the project as it is now, uncommitted changes and DVC's cache included, for as long as it is needed."""
+    """Clone the project as it is now, with uncommitted changes and DVC's cache; delete the clone at the end."""
     top, prefix = (git("rev-parse", f"--{what}") for what in ("show-toplevel", "show-prefix"))
-    temporary = Path(".dvc/tmp")  # on the disk that the project is on, and in no one's way
+    temporary = Path(".dvc/tmp")  # on the project's own disk, in a folder that git ignores
     temporary.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="experiments-", dir=temporary, ignore_cleanup_errors=True) as folder:
         git("clone", "--quiet", "--shared", top, folder)
@@ -148,14 +148,14 @@ def _run(
         running.add(process)
         if stopping.is_set():
             _kill(process)
-        said = process.communicate()[0]
+        output = process.communicate()[0]
         running.remove(process)
         if name in finished(clone):
             return None
-        if "failed to run:" in said or process.returncode < 0:  # a stage, not DVC
-            return _reason(said)
+        if "failed to run:" in output or process.returncode < 0:  # a stage failed, not DVC
+            return _reason(output)
         stopping.wait(SECONDS)
-    raise UserError(f"DVC cannot run experiment {name}: {_reason(said)}")
+    raise UserError(f"DVC cannot run experiment {name}: {_reason(output)}")
 
 
 def _dvc(*arguments: str) -> list[str]:
@@ -163,20 +163,20 @@ def _dvc(*arguments: str) -> list[str]:
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """End an experiment, which has a session of its own: DVC, the stage and all that it started."""
+    """Kill an experiment: DVC, the stage and every process that the stage started. They share a session."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _reason(said: str) -> str:
-    """Return the last line that a stage said, else DVC's."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
+def _reason(output: str) -> str:
+    """Return the last line that a stage printed, or DVC's last line if the stage printed none."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
     own = [line for line in lines if not line.startswith(("ERROR:", "WARNING:", ">", "Running stage"))]
     return (own or lines)[-1][:300]
 
 
 def _environment() -> dict[str, str]:
-    """Return an environment in which stages are those of this Python, and their code that of the experiment's copy."""
+    """Return an environment in which stages run with this Python and with the code in the experiment's copy."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return os.environ | {"PATH": path, "PYTHONPATH": "src", "DVC_NO_ANALYTICS": "1"}
 

@@ -1,8 +1,9 @@
-"""The schema of `params.yaml`, one frozen dataclass a section; `strict` builds it and words what is wrong."""
+"""The schema of params.yaml, one frozen dataclass per section. The comments of params.yaml say what each key does."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,7 @@ Ablation = Literal["normalisation", "invariance", "stop-gradient"]
 
 @dataclass(frozen=True)
 class Synthetic:
-    """The embedded default data set."""
+    """The embedded default data set, which `ingest` draws."""
 
     seed: Count
     size: Annotated[int, Range(16)]
@@ -69,7 +70,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Views:
-    """The two distortions of each image; a pair of probabilities is [view A, view B]."""
+    """The two distorted views of each image."""
 
     size: Annotated[int, Range(8)]
     crop_area: tuple[Annotated[float, Range(1e-3, 1)], Annotated[float, Range(1e-3, 1)]]
@@ -182,7 +183,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Promote:
-    """`barlow promote`: the gate between an encoder and production."""
+    """`barlow promote`: the checks before an encoder goes into production."""
 
     registry: str
     margin: Annotated[float, Range(0, 100)]
@@ -197,7 +198,7 @@ class Promote:
 
 @dataclass(frozen=True)
 class Drift:
-    """`barlow drift`: whether recent images are still like those of training."""
+    """`barlow drift`: recent images against those of training."""
 
     recent: str | None
     seed: Count
@@ -231,20 +232,17 @@ def load(path: Path | str = PARAMS) -> Params:
     """Read and check a params file.
 
     Raises:
-        UserError: the file is missing or not YAML, or a key is unknown, missing or has an impossible value.
+        UserError: the file is missing or not YAML, a key is unknown or missing, or a value is not allowed.
     """
     params: Params = build(Params, read_yaml(path), str(path))
-    for key, (low, high) in {
-        "views.crop_area": params.views.crop_area,
-        "views.crop_ratio": params.views.crop_ratio,
-        "views.blur_sigma": params.views.blur_sigma,
-        "validate.brightness": params.validate.brightness,
-    }.items():
+    for key in ("views.crop_area", "views.crop_ratio", "views.blur_sigma", "validate.brightness"):
+        low, high = attrgetter(key)(params)
         if low > high:
             raise UserError(f"{path}: {key}=[{low}, {high}] is not in ascending order; write [{high}, {low}]")
-    if params.ingest.val_fraction + params.ingest.test_fraction >= 1:
-        total = params.ingest.val_fraction + params.ingest.test_fraction
+    held_out = params.ingest.val_fraction + params.ingest.test_fraction
+    if held_out >= 1:
         raise UserError(
-            f"{path}: ingest.val_fraction + ingest.test_fraction is {total:g}; leave some images to train on"
+            f"{path}: ingest.val_fraction + ingest.test_fraction is {held_out:g}, which leaves no images to train on; "
+            f"lower one of them"
         )
     return params

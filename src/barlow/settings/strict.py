@@ -1,4 +1,4 @@
-"""A YAML file as frozen dataclasses: no defaults, one clear line for what is unknown, missing or impossible."""
+"""Build frozen dataclasses from a YAML file: no defaults, and one clear line for each kind of mistake."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from barlow.core.errors import UserError
 class Range:
     """Bounds of a number, both inclusive."""
 
-    low: float = float("-inf")
+    low: float
     high: float = float("inf")
 
     def __str__(self) -> str:
@@ -36,9 +36,20 @@ Share = Annotated[float, Range(1e-6, 0.999)]
 NonNegative = Annotated[float, Range(0)]
 Above0 = Annotated[float, Range(1e-12)]
 
+SCALARS: dict[Any, tuple[Callable[[Any], bool], str]] = {  # by type: the check, and what passes it
+    int: (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
+    float: (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and v == v, "a number"),
+    bool: (lambda v: isinstance(v, bool), "true or false"),
+    str: (lambda v: isinstance(v, str) and v != "", "a text that is not empty"),
+}
+
 
 def read_yaml(path: Path | str) -> Any:
-    """Parse a YAML file; a missing or malformed one is a UserError that names it."""
+    """Parse a YAML file.
+
+    Raises:
+        UserError: the file is missing or is not valid YAML.
+    """
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -48,13 +59,25 @@ def read_yaml(path: Path | str) -> Any:
 
 
 def build(kind: Any, value: Any, file: str, key: str = "") -> Any:
-    """Check `value` against the annotation `kind` and return it as that type; `key` is its dotted name."""
+    """Check `value`, as YAML or JSON gives it, against an annotation, and return it as that type.
+
+    Args:
+        kind: a dataclass, int, float, bool, str, Any, Literal, Annotated with a Range, tuple, dict[str, ...] or
+            X | None.
+        value: what the file holds; a list becomes a tuple, a section a dataclass or a dict.
+        file: the file's name, for messages.
+        key: the value's dotted name, for messages; empty for the whole file.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is not allowed.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
     if dataclasses.is_dataclass(kind):
-        return _build_section(kind, value, file, key)
+        return _build_dataclass(kind, value, file, key)
     if origin is Annotated:
-        number = build(arguments[0], value, file, key)
-        bounds = arguments[1]
+        number, bounds = build(arguments[0], value, file, key), arguments[1]
         _require(bounds.low <= number <= bounds.high, file, key, value, str(bounds))
         return number
     if origin is Literal:
@@ -69,42 +92,45 @@ def build(kind: Any, value: Any, file: str, key: str = "") -> Any:
         kinds = arguments if count else arguments[:1] * len(value)
         return tuple(build(k, v, file, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is dict:
-        _require(isinstance(value, dict), file, key, value, "a section of `key: value` lines")
-        if arguments[1] is Any:
-            return value
-        return {name: build(arguments[1], part, file, f"{key}.{name}".lstrip(".")) for name, part in value.items()}
+        _require_section(value, file, key)
+        return {name: build(arguments[1], item, file, _dotted(key, name)) for name, item in value.items()}
     if origin in (Union, types.UnionType):  # only `X | None`
         return None if value is None else build(arguments[0], value, file, key)
-    checks: dict[Any, tuple[Callable[[Any], bool], str]] = {
-        int: (lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
-        float: (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and v == v, "a number"),
-        bool: (lambda v: isinstance(v, bool), "true or false"),
-        str: (lambda v: isinstance(v, str) and v != "", "a text"),
-    }
-    check, wanted = checks[kind]
+    check, wanted = SCALARS[kind]
     _require(check(value), file, key, value, wanted)
     return kind(value)
 
 
-def _build_section(kind: Any, value: Any, file: str, key: str) -> Any:
-    prefix = f"{key}." if key else ""
-    _require(isinstance(value, dict), file, key or "the file", value, "a section of `key: value` lines")
+def _build_dataclass(kind: Any, value: Any, file: str, key: str) -> Any:
+    _require_section(value, file, key)
     hints = typing.get_type_hints(kind, include_extras=True)
-    for name in value:
+    for name, item in value.items():  # unknown keys first: a misspelt key is missing as well
         if name not in hints:
-            close = difflib.get_close_matches(str(name), hints, 1, 0.0)[0]
-            raise UserError(
-                f"{file}: {prefix}{name}={value[name]!r} is not a known key; the nearest is {prefix}{close}"
-            )
+            nearest = _dotted(key, difflib.get_close_matches(name, hints, 1, 0.0)[0])
+            raise UserError(f"{file}: {_dotted(key, name)}={item!r} is not a known key; the nearest is {nearest}")
     for name in hints:
         if name not in value:
-            raise UserError(f"{file}: {prefix}{name} is missing; {kind.__doc__} Its keys: {', '.join(hints)}")
-    return kind(**{name: build(hint, value[name], file, prefix + name) for name, hint in hints.items()})
+            keys = ", ".join(hints)
+            raise UserError(f"{file}: {_dotted(key, name)} is missing; the keys of {key or 'the file'} are {keys}")
+    return kind(**{name: build(hint, value[name], file, _dotted(key, name)) for name, hint in hints.items()})
 
 
-def _require(fine: bool, file: str, key: str, value: Any, wanted: str) -> None:
-    if not fine:
-        hint = ""
-        if wanted.startswith(("a number", "from", "at least")) and isinstance(value, str):
-            hint = " (YAML reads 1e-6 as a text: write 1.0e-6)"
-        raise UserError(f"{file}: {key}={value!r} is not allowed; it must be {wanted}{hint}")
+def _dotted(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _require_section(value: Any, file: str, key: str) -> None:
+    _require(isinstance(value, dict), file, key or "the file", value, "a section of `key: value` lines")
+    for name in value:
+        _require(isinstance(name, str), file, f"the key {_dotted(key, str(name))}", name, "a text")
+
+
+def _require(passed: bool, file: str, key: str, value: Any, wanted: str) -> None:
+    if passed:
+        return
+    hint = ""
+    if isinstance(value, str) and wanted == "a number":
+        hint = " (YAML reads 1e-6 as a text; write 1.0e-6)"
+    if isinstance(value, (bool, int, float)) and wanted.startswith("a text"):
+        hint = "; put it in quotes"
+    raise UserError(f"{file}: {key}={value!r} is not allowed; it must be {wanted}{hint}")

@@ -1,4 +1,4 @@
-"""Resume state: a folder per run, one safetensors file per checkpoint, whole or absent, the last two kept."""
+"""Checkpoints: one folder per run, one safetensors file per checkpoint, whole or absent; the last two are kept."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from barlow.core.weights import load_metadata, load_weights, save_weights
 
 FOLDER = Path("models/resume")
 KEPT = 2
-TOLD = 5  # settings in which another run differs
-DAMAGED = (SafetensorError, OSError, KeyError, TypeError, ValueError)  # what reading may raise
+TOLD = 5  # differing settings that a message names
+DAMAGED = (SafetensorError, OSError, KeyError, TypeError, ValueError)  # raised by reading a damaged file
 
 
 def folder(identity: Mapping[str, Any]) -> Path:
-    """Return the folder of a run, named by all that decides its weights: settings, data and code."""
+    """Return the folder of a run, named by a hash of all that decides its weights: settings, data and code."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
     return FOLDER / digest[:16]
 
@@ -35,7 +35,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str
     """Write the checkpoint of `step`, then delete all but the last two of this run.
 
     Raises:
-        UserError: it cannot be written; names the path and the bytes needed. Those before it stay.
+        UserError: the disk is full; names the path and the bytes needed. Earlier checkpoints stay.
     """
     path = folder / f"step-{step:09d}.safetensors"
     try:
@@ -46,7 +46,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], metadata: dict[str
             f"{path} cannot be written ({error.strerror}): it needs {needed:,} bytes and {_free(folder):,} are free; "
             f"make room and run again, to go on from {newest(folder) or 'the start'}"
         ) from None
-    for old in [*_newest_first(folder)[KEPT:], *folder.glob(".step-*.tmp")]:  # the latter of a process that was killed
+    for old in [*_newest_first(folder)[KEPT:], *folder.glob(".step-*.tmp")]:  # .tmp: left by a process that was killed
         old.unlink()
 
 
@@ -59,14 +59,14 @@ class Writer:
         self._last: Future[None] | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Copy the tensors where they are and return; the rest is the thread's. Raises what the last one raised."""
+        """Copy the tensors on their device and let the thread write the copies; raises what the save before raised."""
         self.wait()
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         ready = torch.cuda.current_stream().record_event() if next(iter(copies.values())).is_cuda else None
         self._last = self._thread.submit(self._write, step, copies, metadata, ready)
 
     def _write(self, step: int, copies: dict[str, Tensor], metadata: dict[str, Any], ready: Any) -> None:
-        """On a GPU the copies leave it in a stream of their own, beside the training's."""
+        """Write the copies; from a GPU they are fetched in a stream of their own, beside that of training."""
         stream = nullcontext() if ready is None else torch.cuda.stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
         with stream:
             if ready is not None:
@@ -95,7 +95,7 @@ def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     for path in _newest_first(folder):
         try:
             tensors, metadata = load_weights(path)
-            metadata["step"] += 0  # a file of somebody else's has none
+            metadata["step"] += 0  # raises if there is no such number, so the file is not ours
         except DAMAGED as error:
             print(f"warning: {path} is damaged ({error}); trying the one before it", file=sys.stderr)
             continue
@@ -104,7 +104,7 @@ def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 
 def others(folder: Path, identity: Mapping[str, Any]) -> Iterator[str]:
-    """Say of each other run that has checkpoints what would go on with it, and what would delete it."""
+    """Yield a line for each other run with checkpoints: how its settings differ, how to resume it, how to delete it."""
     for other in sorted({path.parent for path in folder.parent.glob("*/step-*.safetensors")} - {folder}):
         try:
             theirs = load_metadata(_newest_first(other)[0])["identity"]
@@ -117,7 +117,7 @@ def others(folder: Path, identity: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _differences(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
-    """Yield `section.name=value` of theirs for each setting that is another here."""
+    """Yield `section.name=value`, with the other run's value, for each setting that differs here."""
     was, now = theirs.get(key), ours.get(key)
     if isinstance(was, dict) and isinstance(now, dict):
         for name in sorted({*was, *now}):

@@ -1,8 +1,8 @@
 """The distortions of an image (paper, section 2.1 and appendix A): drawn here, applied by DALI on CPU or GPU.
 
-The transform is the official one, with these differences: flipping comes last, fused into the normalisation (it
-commutes with all before it); the colour jitter has one order, brightness and contrast, then saturation and hue; hue
-turns in YIQ and not in HSV space.
+The transform is the official one, with three differences. Flipping comes last, fused into the normalisation, since it
+commutes with all operations before it. Colour jitter has one order: brightness and contrast, then saturation and hue.
+Hue turns in YIQ space, not in HSV.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ATTEMPTS = 10  # windows drawn for each crop
 
 
 class Distortion(NamedTuple):
-    """What is drawn for one view: arrays of n images, and inside of a DALI pipeline the nodes that hold them."""
+    """The draws for one view: arrays over n images; inside a DALI pipeline, the nodes that hold them."""
 
     start: Any  # (n, 2) of the window, y and x in pixels
     end: Any
@@ -64,8 +64,8 @@ def crop_windows(
 ) -> tuple[Any, Any]:
     """Draw a window for each image, as torchvision's RandomResizedCrop does; return starts and ends, float32 (n, 2).
 
-    Of ten windows, with even shares of the area and even logarithms of width / height, the first that fits is taken
-    and put anywhere; where none fits it is the largest of an allowed ratio, in the middle.
+    Ten sizes are drawn: the share of the area uniformly, width / height uniformly in its logarithm. The first size that
+    fits is placed anywhere, uniformly. If none fits, the window is the largest of an allowed ratio, in the middle.
     """
     n, sides = len(sides), sides.astype(np.float64)
     shares = rng.uniform(*area, (n, ATTEMPTS)) * sides.prod(1, keepdims=True)
@@ -82,7 +82,7 @@ def crop_windows(
 
 def resized_crop(pixels: Any, start: Any, end: Any, size: int) -> Any:
     """Cut out a window and resize it to a square, cubic and antialiased."""
-    # A start beyond the image kills the process. One comes where odd EXIF makes DALI turn an image and Pillow not.
+    # A start outside the image kills the process. That happens where odd EXIF makes DALI turn an image, not Pillow.
     start = math.min(start, pixels.shape()[:2] - 1)
     return fn.resize(pixels, roi_start=start, roi_end=end, size=(size, size), interp_type=types.INTERP_CUBIC)
 

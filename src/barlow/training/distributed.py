@@ -1,8 +1,8 @@
-"""Processes and the collectives between them, differentiable. With one process each of these costs nothing.
+"""Processes, and differentiable collectives between them. With one process, no collective costs anything.
 
-Every process computes the same global loss. A collective's backward pass sums the gradients of all processes, so each
-process holds world_size times its part of the global gradient, and the mean that DistributedDataParallel takes over
-parameters makes it exactly the gradient of one process on the whole batch.
+Every process computes the same global loss. The backward pass of a collective sums the gradients of all processes. So
+each process holds world_size times its part of the global gradient, and the mean that DistributedDataParallel takes is
+exactly the gradient of one process on the whole batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from barlow.core.errors import Interrupted, UserError
 
 
 def start(device: str) -> torch.device:
-    """Join the processes that torchrun started, if it did, and return this one's device (`device`: cpu, cuda, auto).
+    """Join the process group, where torchrun started several processes, and return this process's device.
 
     Raises:
         UserError: there is no GPU and `device` is cuda, or there are fewer GPUs than processes.
@@ -37,7 +37,7 @@ def start(device: str) -> torch.device:
 
 
 def local_device(device: str = "auto") -> torch.device:
-    """Return this process's device: the CPU, or a GPU with its index, without which DALI would work on the CPU.
+    """Return this process's device: the CPU, or a GPU with its index (without an index DALI would work on the CPU).
 
     Raises:
         UserError: there is no GPU and `device` is cuda, or there are fewer GPUs than processes.
@@ -65,7 +65,7 @@ def _kind(device: str) -> str:
 
 
 def _check_restarts(environment: Mapping[str, str]) -> None:
-    """Warn where torchrun's restarts will fail: its processes would find each other's old addresses in its store.
+    """Warn where torchrun's restarts will fail, since processes would find each other's old addresses in its store.
 
     https://github.com/pytorch/pytorch/issues/135712
     """
@@ -75,18 +75,18 @@ def _check_restarts(environment: Mapping[str, str]) -> None:
 
 
 def launch(processes: int | None, device: str) -> bool:
-    """Run this very command in several processes and wait for them; say whether there was a need to.
+    """Run this command again in several processes and wait for them; return False where this one process is enough.
 
     Args:
-        processes: how many; None: one a GPU, or one.
+        processes: how many; None: one per GPU, or one where there is none.
         device: cpu, cuda or auto.
 
     Raises:
         UserError: there is no GPU and `device` is cuda, or there are fewer GPUs than processes.
         SystemExit: one failed; carries its exit code.
-        Interrupted: a signal came, which the processes got as well.
+        Interrupted: a signal came and was passed on to the processes.
     """
-    processes = processes or one_a_device(device)
+    processes = processes or default_processes(device)
     if processes == 1 or "WORLD_SIZE" in os.environ:
         return False
     if _kind(device) == "cuda" and processes > (gpus := torch.cuda.device_count()):
@@ -111,8 +111,8 @@ def launch(processes: int | None, device: str) -> bool:
     return True
 
 
-def one_a_device(device: str) -> int:
-    """Return how many processes there are where nobody says: one a GPU, or one."""
+def default_processes(device: str) -> int:
+    """Return one process per GPU, or one where there is no GPU."""
     return 1 if device == "cpu" else max(torch.cuda.device_count(), 1)
 
 
@@ -123,7 +123,7 @@ def stop() -> None:
 
 
 def rank() -> int:
-    """Return this process's number, 0 where there is only one."""
+    """Return the number of this process, counted from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -133,7 +133,7 @@ def world_size() -> int:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over processes; backward, the sum of their gradients, which need not travel if all have the same."""
+    """Sum over processes. The backward pass sums their gradients; equal gradients need no communication."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, replicated: bool) -> Tensor:
@@ -152,13 +152,13 @@ class _Sum(torch.autograd.Function):
 def all_reduce(x: Tensor, *, replicated: bool = False) -> Tensor:
     """Return the sum of `x` over the processes, differentiably.
 
-    `replicated` says that each process computes the same from the sum; its gradient is then the same everywhere.
+    `replicated`: all processes compute the same from the sum, so its gradient is the same on all of them.
     """
     return x if world_size() == 1 else _Sum.apply(x, replicated)
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Return every process's `x`, of one shape (n, ...), in rank order, (world_size * n, ...); not differentiable."""
+    """Return the `x` (n, ...) of all processes in rank order, (world_size * n, ...); not differentiable."""
     if world_size() == 1:
         return x
     whole = x.new_empty(world_size() * len(x), *x.shape[1:])
@@ -166,8 +166,8 @@ def all_gather(x: Tensor) -> Tensor:
     return whole
 
 
-def of_first(value: Any) -> Any:
-    """Return the first process's value; on the others `value` counts for nothing."""
+def broadcast_object(value: Any) -> Any:
+    """Return the first process's value; the other processes' is ignored."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values, device=torch.device("cpu"))
@@ -175,7 +175,7 @@ def of_first(value: Any) -> Any:
 
 
 def broadcast(x: Tensor) -> None:
-    """Overwrite `x` by the first process's."""
+    """Overwrite `x` with the first process's `x`."""
     if world_size() > 1:
         whole = x.contiguous()
         dist.broadcast(whole, 0)
@@ -183,10 +183,10 @@ def broadcast(x: Tensor) -> None:
 
 
 def require_equal(value: int, what: str, device: torch.device) -> None:
-    """Check that the processes have the same `value`; on a GPU without waiting for the answer.
+    """Check that all processes have the same `value`; on a GPU without waiting for the answer.
 
     Raises:
-        ValueError: they have not. On a GPU it is CUDA that reports a failed assertion, a little later.
+        ValueError: the values differ. On a GPU, CUDA reports a failed assertion a little later instead.
     """
     if world_size() == 1:
         return
@@ -202,7 +202,7 @@ def require_equal(value: int, what: str, device: torch.device) -> None:
 
 
 def any_process(*flags: bool) -> list[bool]:
-    """Return for each flag whether it is set on any process; waits for the processes, not for their GPUs."""
+    """Return for each flag whether any process sets it. Waits for the processes, not for their GPUs."""
     if world_size() == 1:
         return list(flags)
     together = torch.tensor(flags, dtype=torch.uint8)

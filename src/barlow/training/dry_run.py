@@ -1,4 +1,4 @@
-"""What a run of `barlow pretrain` is going to be: a line at its start, and the whole of it for `--dry-run`."""
+"""What `barlow pretrain` is about to do: one line at its start, and all of it for `--dry-run`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from barlow.training.loss import barlow_twins_loss, form
 from barlow.training.state import Training
 from barlow.training.views import part
 
-SAMPLES = 8  # that memory and time are measured with
+SAMPLES = 8  # in the batch that memory and time are measured with
 GIB = 2**30
 
 
 def headline(run: Training, bf16: bool) -> str:
-    """Say in a line what is about to run."""
+    """Return one line on what is about to run."""
     p, world = run.p, distributed.world_size()
     return (
         f"{p.epochs} epochs of {run.epoch_steps} steps of {p.batch_size} on {run.device}, {world} process(es), "
@@ -28,21 +28,21 @@ def headline(run: Training, bf16: bool) -> str:
 
 
 def describe(params: Params) -> str:
-    """Say what would run, from the model to the learning rates; memory and time from a step that is measured.
+    """Return what would run, from the model to the learning rates; memory and time come from a measured step.
 
     Raises:
         UserError: as `pretrain.run` does, before it trains.
     """
     p, m = params.pretrain, params.model
     device = distributed.start(p.device)
-    processes = p.processes or distributed.one_a_device(p.device)
+    processes = p.processes or distributed.default_processes(p.device)
     run = Training(params, device)
     bf16 = model.computes_bf16(p.precision, device)
     local = part(p.batch_size, 0, processes).stop
     activations, seconds = measure(run, params.views.size, bf16)
     parameters = {name: sum(w.numel() for w in part.parameters()) for name, part in run.network.named_children()}
-    state = (4 * 3 + 2 * bf16) * sum(parameters.values())  # weights, gradients and momentum, and autocast's copies
-    views = 4 * 2 * 3 * params.views.size**2  # a sample's
+    state = (4 * 3 + 2 * bf16) * sum(parameters.values())  # bytes of weights, gradients, momentum, autocast's copies
+    views = 4 * 2 * 3 * params.views.size**2  # bytes of one sample's two views
     memory = state + local * (activations + 3 * views)  # DALI holds two batches ahead
     weights, biases = run.rates(round(p.warmup_epochs * run.epoch_steps))
     last = run.rates(run.total_steps - 1)[0]
@@ -57,14 +57,14 @@ def describe(params: Params) -> str:
         f"warm-up, down to {last:.2g} along a cosine",
         "loss": f"{form(p.batch_size, run.network.dim)} form, of {p.batch_size} x {run.network.dim} embeddings, "
         f"lambda {p.lambd}",
-        "memory": f"about {memory / GIB:.2f} GiB a process, {local * activations / GIB:.2f} of it activations",
-        "time": f"about {epoch} an epoch, {whole} in all, at the speed of {SAMPLES} images here, without the views",
+        "memory": f"about {memory / GIB:.2f} GiB per process, {local * activations / GIB:.2f} of it activations",
+        "time": f"about {epoch} per epoch, {whole} in all, at the speed of {SAMPLES} images here, without views",
     }
     return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
 
 
 def measure(run: Training, size: int, bf16: bool) -> tuple[float, float]:
-    """Return the bytes that a sample's two views leave for the backward pass, and the seconds that they take."""
+    """Return, per sample, the bytes that the forward pass keeps for the backward pass, and the seconds of a step."""
     held: dict[int, int] = {}
 
     def hold(tensor: Tensor) -> Tensor:
@@ -73,7 +73,11 @@ def measure(run: Training, size: int, bf16: bool) -> tuple[float, float]:
         return tensor
 
     activations, times = list[int](), list[float]()
-    for n in (SAMPLES // 2, SAMPLES, SAMPLES):  # the first tells what does not grow, as weights; the last is warmed up
+    for n in (
+        SAMPLES // 2,
+        SAMPLES,
+        SAMPLES,
+    ):  # the first gives the part that does not grow with n; the last is warmed up
         views = torch.randn(2, n, 3, size, size, device=run.device)
         started = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):

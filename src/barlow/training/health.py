@@ -1,4 +1,4 @@
-"""How healthy embeddings are, told without labels: rank, spread, alignment, uniformity, correlation."""
+"""Health of embeddings, measured without labels: effective rank, spread, alignment, uniformity, correlation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def alignment(view_a: Features, view_b: Features) -> float:
 
 
 def uniformity(features: Features) -> float:
-    """Return log E exp(-2 |x - y|^2) over pairs on the unit sphere; lower is more spread out (same paper)."""
+    """Return log E exp(-2 |x - y|^2) over pairs on the unit sphere; lower is more even (same paper)."""
     distances = torch.pdist(functional.normalize(features))
     return float((-2 * distances.square()).exp().mean().log())
 
@@ -43,8 +43,8 @@ def uniformity(features: Features) -> float:
 def rms_correlation(features: Features) -> float:
     """Return the root mean square correlation between two different dimensions, 0 to 1; constant ones count as 0.
 
-    What the redundancy-reduction term drives down in the embedding (Zbontar et al., arXiv 2103.03230, eq. 1), here of
-    the representation.
+    The redundancy term of the loss (Zbontar et al., arXiv 2103.03230, eq. 1) drives this down in the embedding; here it
+    is measured on the representation.
     """
     x = features.double() - features.double().mean(0)
     x = functional.normalize(x, dim=0)

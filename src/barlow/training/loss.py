@@ -1,18 +1,24 @@
 """The Barlow Twins loss (Zbontar et al., arXiv 2103.03230, eqs. 1 and 2) over the global batch, in two exact forms.
 
-With a, b (N, D) the two normalised embeddings and C = a^T b / N (D, D):
+    loss = invariance + lambda * redundancy
+    invariance = sum_i (1 - C_ii)^2
+    redundancy = sum_{i != j} C_ij^2
 
-    loss = sum_i (1 - C_ii)^2  +  lambda * sum_{i != j} C_ij^2
+C = a^T b / N (D, D) is the cross-correlation of the two normalised embeddings a and b (N, D).
 
-The direct form builds C. The dual form never does: ||C||_F^2 = sum((a a^T) o (b b^T)) / N^2, where o is elementwise, so
-the off-diagonal sum is ||C||_F^2 - sum_i C_ii^2 from two (N, N) Gram matrices: O(N^2 D) work instead of O(N D^2).
+The direct form builds C. The dual form does not: ||C||_F^2 = sum((a a^T) o (b b^T)) / N^2, where o is elementwise. So
+redundancy = ||C||_F^2 - sum_i C_ii^2 comes from two (N, N) Gram matrices, in O(N^2 D) work instead of O(N D^2).
 
-Between processes either C is summed, D^2 values, or the embeddings travel, 2 N D values; the rest is O(D). Nothing more
-travels in the backward pass but O(D). Both the work and the bytes of the dual form are the smaller where N < D.
+Between processes, the direct form sums C (D^2 values) and the dual form gathers the embeddings (2 N D values). All
+other traffic, that of the backward pass included, is O(D). For N < D the dual form has less work and less traffic.
 
-The gradient is derived by hand, so that few passes over (N, D) are made. With G = dL/dC, dL/da = b G^T / N and
-dL/db = a G / N. Through the normalisation a = (z - mean) * s, per dimension: dL/dz = s * (dL/da - a * mean(dL/da * a)).
-(The mean of dL/da is 0, since b is centred.)
+The gradient is derived by hand, to pass over (N, D) arrays as few times as possible. With G = dL/dC:
+
+    dL/da = b G^T / N,  dL/db = a G / N
+
+and through the normalisation a = (z - mean) * s, per dimension (the mean of dL/da is 0, since b is centred):
+
+    dL/dz = s * (dL/da - a * mean(dL/da * a))
 """
 
 from __future__ import annotations
@@ -28,11 +34,11 @@ from barlow.settings.params import Ablation
 from barlow.training import distributed
 
 EPSILON = 1e-5  # under the square root, as batch norm has it
-WIDE = 256  # D / N above which float32 does not do
+WIDE = 256  # D / N above which float32 is not precise enough
 
 
 class BarlowTwinsLoss(NamedTuple):
-    """`total` = `invariance` + lambda * `redundancy`, scalars; the two terms are equation 1's sums."""
+    """The two terms of equation 1 and `total` = `invariance` + lambda * `redundancy`, all scalars."""
 
     total: Float[Tensor, ""]
     invariance: Float[Tensor, ""]
@@ -42,10 +48,10 @@ class BarlowTwinsLoss(NamedTuple):
 def barlow_twins_loss(
     z_a: Float[Tensor, "batch dim"], z_b: Float[Tensor, "batch dim"], lambd: float
 ) -> BarlowTwinsLoss:
-    """Compute the loss of two views' embeddings (batch, dim), in float32 or better whatever autocast says.
+    """Compute the loss of two views' embeddings (batch, dim), in float32 or float64 even under autocast.
 
-    Where torch.distributed is initialised the batch is that of all processes, and after the mean over
-    processes that DistributedDataParallel takes, the gradient does not depend on how the batch was split.
+    Where torch.distributed is initialised, the batch is that of all processes together. DistributedDataParallel takes
+    the mean of the gradients over processes; that mean does not depend on how the batch was split.
 
     Raises:
         ValueError: the shapes differ, the batches of two processes differ, or the global batch has fewer than two
@@ -58,7 +64,7 @@ def barlow_twins_loss(
 
 
 def batch(z_a: Tensor, z_b: Tensor) -> tuple[int, int]:
-    """Return the size of the global batch and the dimension; raises as `barlow_twins_loss` does."""
+    """Return (samples in the global batch, dim); raises as `barlow_twins_loss` does."""
     if z_a.ndim != 2 or z_a.shape != z_b.shape:
         raise ValueError(f"z_a is {tuple(z_a.shape)} and z_b {tuple(z_b.shape)}; both must be (batch, dim)")
     distributed.require_equal(len(z_a), "the batch size", z_a.device)
@@ -69,7 +75,7 @@ def batch(z_a: Tensor, z_b: Tensor) -> tuple[int, int]:
 
 
 def form(n: int, dim: int) -> str:
-    """Return which form has less to compute and to send for a global batch of `n`: `dual` or `direct`."""
+    """Return the cheaper form, `dual` or `direct`, for a global batch of `n` samples."""
     return "dual" if n < dim else "direct"
 
 
@@ -90,9 +96,9 @@ def normalise(z_a: Tensor, z_b: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 class _Terms(torch.autograd.Function):
-    """Both sums of equation 1, of embeddings that are normalised in here.
+    """Invariance and redundancy of two embeddings, which are normalised here.
 
-    Each process computes the rows of its own samples, in the Gram matrices as in the gradient.
+    Of the Gram matrices, as of the gradient, each process computes the rows of its own samples.
     """
 
     @staticmethod
@@ -117,7 +123,7 @@ class _Terms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_invariance: Tensor, d_redundancy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         a, b, scales, diagonal, *rest = ctx.saved_tensors
-        n, world = ctx.n, distributed.world_size()  # times world, for the mean over processes
+        n, world = ctx.n, distributed.world_size()  # world undoes the mean that is taken over processes
         d_diagonal = (-2 * world / n) * (
             d_invariance * (1 - diagonal) + d_redundancy * diagonal
         )  # (dim,), besides b G^T
@@ -139,10 +145,10 @@ class _Terms(torch.autograd.Function):
 
 
 def wide(z: Tensor, n: int) -> Tensor:
-    """Promote half precisions to float32, and all to float64 where a batch is tiny beside the dimension.
+    """Return z in float32, or in float64 where it came in float64 or where D / N is above WIDE.
 
-    There the gradient is a small difference of large terms, whose error in float32 grows with D / N: 5e-6 at 8192 / 8.
-    float64 given by the caller stays.
+    With few samples per dimension the gradient is a small difference of large terms. Its error in float32 grows with
+    D / N: 5e-6 at 8192 / 8.
     """
     return z.double() if z.dtype == torch.float64 or z.shape[1] > WIDE * n else z.float()
 
@@ -153,9 +159,14 @@ def ablated_loss(
     lambd: float,
     ablate: Ablation | None,
 ) -> BarlowTwinsLoss:
-    """Compute `barlow_twins_loss` without, or with, what `ablate` names.
+    """Compute the loss with one change to the method (`pretrain.ablate`, for `barlow claims`); None changes nothing.
 
-    Both terms are returned even where only one is minimised.
+    normalisation: the embeddings are neither centred nor scaled, C = z_a^T z_b / N.
+    invariance: lambda * redundancy alone is minimised. (To leave redundancy out, set lambda to 0.)
+    stop-gradient: view B's embeddings are constants; the gradient flows through view A alone. The symmetric variant
+        would be no test: by the chain rule its gradient is half of the whole one, and LARS undoes a factor.
+
+    Returns both terms even where only one is minimised.
     """
     if ablate == "normalisation":
         n, _ = batch(z_a, z_b)

@@ -1,4 +1,4 @@
-"""The network: a torchvision ResNet, a bias-free projector, and the frozen encoder that evaluation and export share."""
+"""The network: a torchvision ResNet, a projector without biases, and the frozen encoder of evaluation and export."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ LAYERS = {"resnet10": [1, 1, 1, 1], "resnet18": [2, 2, 2, 2], "resnet34": [3, 4,
 def backbone(model: params.Model) -> resnet.ResNet:
     """Build a ResNet whose output is the pooled representation, float (batch, 512), or 2048 for resnet50.
 
-    Stems: `imagenet` is torchvision's 7x7 stride 2 with max-pool; `small` (3x3 stride 1, no pool) is the usual one
-    for 32-px images (SimCLR, appendix B.9); `stride` is 3x3 stride 2, a quarter of that one's cost.
+    Stems: `imagenet` is torchvision's 7x7 stride 2 with max-pool; `small`, 3x3 stride 1 without pool, is usual for
+    32-px images (SimCLR, appendix B.9); `stride`, 3x3 stride 2, costs a quarter of `small`.
     """
     block = resnet.Bottleneck if model.arch == "resnet50" else resnet.BasicBlock
     network = resnet.ResNet(block, LAYERS[model.arch], zero_init_residual=model.zero_init_residual)
@@ -62,10 +62,10 @@ class BarlowTwins(nn.Module):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batch of all processes, each with as many samples: torch's own refuses CPU tensors."""
+    """Batch norm over the global batch, which processes share evenly. (torch's own refuses CPU tensors.)"""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (batch, channels, ...) by the global statistics, or in eval mode by the running ones."""
+        """Normalise x (batch, channels, ...) by statistics of the global batch, in eval mode by the running ones."""
         if not self.training:
             return super().forward(x)
         axes, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
@@ -86,7 +86,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronised(network: Network, device: torch.device) -> Network:
-    """Return the network with its batch norms over all processes: on a GPU torch's, on the CPU the one above."""
+    """Return the network with batch norms over all processes: torch's on a GPU, the class above on the CPU."""
     if device.type == "cuda":
         converted: Network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         return converted
@@ -102,8 +102,8 @@ def synchronised(network: Network, device: torch.device) -> Network:
 class FrozenEncoder(nn.Module):
     """What is evaluated, exported and served: uint8 images in, the backbone's representation out.
 
-    Resize and normalisation are inside, so that no user of the encoder can get them wrong. The whole image is
-    resized to `views.size` squared (bilinear, antialiased): nothing of it is cut away.
+    Resize and normalisation are inside, so that nobody who uses the encoder can get them wrong. The whole image is
+    resized to `views.size` squared (bilinear, antialiased); no part is cut away.
     """
 
     mean: Tensor
@@ -137,7 +137,7 @@ class FrozenEncoder(nn.Module):
 
 
 def computes_bf16(precision: str, device: torch.device) -> bool:
-    """Say whether to autocast to bfloat16: `auto` does where the processor computes it and does not emulate it."""
+    """Say whether to autocast to bfloat16. `auto` does so where the processor computes bfloat16 without emulation."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
@@ -149,10 +149,10 @@ def computes_bf16(precision: str, device: torch.device) -> bool:
 
 
 def load_encoder(path: Path = files.ENCODER) -> tuple[FrozenEncoder, dict[str, Any]]:
-    """Rebuild the frozen encoder from its weights alone; the metadata carries `model` and `views`.
+    """Rebuild the frozen encoder from its file alone, whose metadata carries `model` and `views`; return both.
 
     Raises:
-        UserError: there are none.
+        UserError: the file is missing, or was written for other settings of the model.
     """
     files.require(path, "pretrain")
     tensors, metadata = load_weights(path)

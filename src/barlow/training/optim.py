@@ -1,4 +1,4 @@
-"""LARS (You et al., arXiv 1708.03888) by the rule of the official Barlow Twins code, multi-tensor."""
+"""The optimizer, LARS by the rule of the official Barlow Twins code, and its learning rate: warm-up, then cosine."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from torch.optim.optimizer import ParamsT
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling.
+    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), multi-tensor.
 
-    For a parameter w with gradient g: d = g + weight_decay * w, scaled by trust_coefficient * |w| / |d| (by 1 where
-    either norm is 0); then m = momentum * m + d and w -= lr * m. Parameters with ndim <= 1 (biases, norms) take
-    neither decay nor scaling. Each setting may differ by parameter group. One fused launch per operation and group,
-    and no value is read back from the device.
+    For a parameter w with gradient g:
+
+        d = g + weight_decay * w
+        d = d * trust_coefficient * |w| / |d|   (not where either norm is 0)
+        m = momentum * m + d
+        w = w - lr * m
+
+    Parameters with ndim <= 1 (biases, norms) take neither decay nor scaling. Each setting may differ between parameter
+    groups. Each operation is one fused launch per group; no value is read back from the device.
 
     `clip` is solo-learn's `clip_lr` (solo/utils/lars.py): d is scaled by min(trust_coefficient * |w| / |d| / lr, 1), so
-    that lr is no factor but an upper bound: the step is min(trust_coefficient * |w| / |d|, lr) * d. solo-learn has
-    |g| + weight_decay * |w| for |d|. With `clip`, scaling the loss by s is multiplying lr, of weights and of biases, by
-    s and dividing weight_decay by s.
+    the step is min(trust_coefficient * |w| / |d|, lr) * d and lr is an upper bound. (solo-learn has
+    |g| + weight_decay * |w| for |d|.) With `clip`, a loss scaled by s equals lr, of weights and biases, multiplied by s
+    and weight_decay divided by s.
 
     Raises:
         ValueError: a setting is negative.
@@ -86,9 +91,10 @@ class LARS(torch.optim.Optimizer):
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int, base: float, final: float) -> float:
-    """Return the learning rate of `step`, counted from 0.
+    """Return the learning rate of `step`, counted from 0 (Loshchilov and Hutter, arXiv 1608.03983; paper, sec. 2.2).
 
-    It rises from 0 at step 0 to `base` at `warmup_steps` and falls to `final` at `total_steps`, one past the last.
+    The rate rises linearly from 0 at step 0 to `base` at `warmup_steps`, then falls along half a cosine to `final` at
+    `total_steps`, one step past the last.
     """
     if step < warmup_steps:
         return base * step / warmup_steps

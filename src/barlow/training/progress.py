@@ -1,4 +1,4 @@
-"""What pretraining tells while it runs: DVCLive's files, a row an epoch, for `dvc plots` and the report; progress."""
+"""What pretraining shows: progress while it runs, and curves, one row per epoch, for `dvc plots` and the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 
 class Curves:
-    """The curves of a run, in reports/pretrain/; after a resume they are written anew from the rows so far."""
+    """The curves of a run, in reports/pretrain/; after a resume, written anew from the rows in the checkpoint."""
 
     def __init__(self, history: list[dict[str, float]]) -> None:
         self._live = None
@@ -30,7 +30,7 @@ class Curves:
             self.write(row)
 
     def write(self, row: dict[str, float]) -> None:
-        """Append an epoch."""
+        """Append the row of an epoch."""
         if self._live is not None:
             for name, value in row.items():
                 self._live.log_metric(name, value)
@@ -38,9 +38,9 @@ class Curves:
 
 
 class Progress:
-    """A bar in a terminal, else a line every ten seconds, and a line an epoch; and the clock behind them.
+    """A bar in a terminal, else one line every ten seconds; one line per epoch; and the clock behind them.
 
-    `step` is where the run starts; `shown` is False on all processes but one, which only measure.
+    `step` is where the run starts. `shown` is True on one process; the others only measure time.
     """
 
     def __init__(self, step: int, epoch_steps: int, epochs: int, batch_size: int, shown: bool) -> None:
@@ -61,7 +61,7 @@ class Progress:
             self._bar.close()
 
     def waits(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """Pass the batches on, and count the time that each takes to come and the steps."""
+        """Pass batches on; count the steps, and the time spent waiting for batches."""
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -75,12 +75,12 @@ class Progress:
                 self._bar.update()
 
     def due(self) -> bool:
-        """Say whether it is time for `show`, which needs figures that only the device knows."""
+        """Say whether it is time for `show`. Its figures lie on the device, and reading them waits for the device."""
         interval = SECONDS if self._bar is None else SECONDS / 10
         return self._shown and time.perf_counter() - self._line[0] > interval
 
     def show(self, figures: Mapping[str, float]) -> None:
-        """Tell the latest step's figures: those of `describe`."""
+        """Show the figures of the latest step; `describe` puts them into words."""
         since = self._since(self._line)
         left = (self._epoch_steps * self._epochs - self._steps) * self._batch_size / since["samples_per_second"]
         self._line = self._now()
@@ -93,11 +93,11 @@ class Progress:
             self._bar.set_postfix_str(text)
 
     def epoch_figures(self) -> dict[str, float]:
-        """Return seconds, samples per second and the data wait (0 to 1) since `end_epoch`."""
+        """Return seconds, samples per second and the share of time spent on waiting for data since `end_epoch`."""
         return self._since(self._epoch)
 
     def end_epoch(self, row: Mapping[str, float]) -> None:
-        """Print a finished epoch and start the clock of the next; what came since `epoch_figures` counts in neither."""
+        """Print a finished epoch and start the next one's clock; time since `epoch_figures` counts for neither."""
         if self._shown:
             place = f"epoch {self._steps // self._epoch_steps}/{self._epochs}"
             write = print if self._bar is None else self._bar.write
@@ -118,7 +118,7 @@ class Progress:
 
 
 def describe(row: Mapping[str, float]) -> str:
-    """Put figures into a line."""
+    """Return figures as one line."""
     knn = f"  kNN on val {row['knn_val_top1']:.1f} %" if "knn_val_top1" in row else ""
     return (
         f"loss {row['loss']:.1f}  invariance {row['invariance']:.4f}  redundancy {row['redundancy']:.6f}  "

@@ -1,7 +1,7 @@
-"""The state of a pretraining run, all of which a checkpoint holds: network, optimizer, place in the data, measurements.
+"""The state of a pretraining run: network, optimizer, place in the data, measurements. A checkpoint holds all of it.
 
-Nothing random is drawn while it runs but the views, and those follow from the seed and the step. So there is no random
-state to keep, and a checkpoint goes on at any number of processes with the same global batches.
+While a run trains, only the views are random, and they follow from the seed and the step. So a checkpoint keeps no
+random state, and a run resumes at any number of processes with the same global batches.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from barlow.training.loss import BarlowTwinsLoss, cross_correlation
 from barlow.training.optim import LARS, warmup_cosine
 from barlow.training.views import TwinViews
 
-CORNER = 128  # dimensions of C that are kept for the report
-NAMED_KEYS = 8  # images named where a loss is not finite
+CORNER = 128  # rows and columns of C kept for the report
+NAMED_KEYS = 8  # images named in the message about a loss that is not finite
 
 
 class Training:
@@ -61,13 +61,13 @@ class Training:
         self.optimizer = LARS(groups, 0.0, p.momentum, p.weight_decay, p.trust_coefficient, p.clip)
         self.p, self.device = p, device
         self.step = 0
-        self.sums = torch.zeros(len(BarlowTwinsLoss._fields), device=device)  # of this epoch
-        self.finite_steps = torch.zeros((), dtype=torch.long, device=device)  # up to the first that was not
+        self.sums = torch.zeros(len(BarlowTwinsLoss._fields), device=device)  # of the loss and its terms, this epoch
+        self.finite_steps = torch.zeros((), dtype=torch.long, device=device)  # until the first that was not
         self.gradient_norm = torch.zeros((), device=device)  # of the epoch's last step
-        self.history: list[dict[str, float]] = []  # a row an epoch
+        self.history: list[dict[str, float]] = []  # one row per epoch
         self.correlation: dict[str, Tensor] = {}
-        self.warned: set[str] = set()  # what need not be said again
-        # What a run has in common with the one it goes on from; not where or how often it is saved or measured.
+        self.warned: set[str] = set()  # names of the bounds that a warning was printed for
+        # A run's identity is what decides its weights: not where it runs, nor how often it is saved or measured.
         free = replace(p, checkpoint_seconds=0, checkpoint_steps=None, processes=None, device="auto")
         free = replace(free, knn_epochs=None, min_std=0, max_correlation=1)
         self.identity = {
@@ -80,7 +80,7 @@ class Training:
         self.writer = checkpoint.Writer(self.folder)
 
     def rates(self, step: int) -> tuple[float, float]:
-        """Return the learning rates of weights and of biases at a step."""
+        """Return the learning rates (of weights, of biases) at a step."""
         warmup = round(self.p.warmup_epochs * self.epoch_steps)
         peaks = [rate * self.p.batch_size / 256 for rate in (self.p.lr_weights, self.p.lr_biases)]
         weights, biases = (
@@ -89,7 +89,7 @@ class Training:
         return weights, biases
 
     def update(self, loss: BarlowTwinsLoss) -> None:
-        """Take the step that the loss asks for."""
+        """Backward pass, learning rates, optimizer step."""
         loss.total.backward()  # type: ignore[no-untyped-call]
         for group, rate in zip(self.optimizer.param_groups, self.rates(self.step), strict=True):
             group["lr"] = rate
@@ -99,7 +99,7 @@ class Training:
         self.optimizer.zero_grad()
 
     def record(self, loss: BarlowTwinsLoss, z_a: Tensor, z_b: Tensor) -> None:
-        """Count a finished step; but for three of a run nothing is read back from the device."""
+        """Count a finished step; at three steps of a run, keep a corner of C. Nothing else is read from the device."""
         self.sums += torch.stack([term.detach().float() for term in loss])
         self.finite_steps += self.sums.isfinite().all()
         for name, step in {"before": 0, "during": self.total_steps // 2, "after": self.total_steps - 1}.items():
@@ -109,7 +109,7 @@ class Training:
         self.step += 1
 
     def check_finite(self) -> None:
-        """Refuse to go on, and to save, after the loss or a weight has become infinite or NaN.
+        """Stop the run once the loss or a weight is infinite or NaN.
 
         Raises:
             UserError: names the step, the learning rates, images of the batch and the last good checkpoint.
@@ -133,14 +133,14 @@ class Training:
         )
 
     def figures(self, terms: Iterable[Tensor]) -> dict[str, float]:
-        """Return what tells how it goes: per entry of C, the two terms of a loss tell more than the loss does."""
+        """Return the loss, its two terms as means over the entries of C that they sum, and the learning rate."""
         total, invariance, redundancy = (float(term.detach()) for term in terms)
         dim = self.network.dim
         row = {"loss": total, "invariance": invariance / dim, "redundancy": redundancy / max(dim * (dim - 1), 1)}
         return row | {"lr": self.optimizer.param_groups[0]["lr"]}
 
     def end_epoch(self, z: Tensor, measured: dict[str, float]) -> dict[str, float]:
-        """Return the epoch's means and what was measured besides, and start the next; `z` are its last embeddings."""
+        """Add the epoch's row to the history and return it; `z` are the epoch's last embeddings."""
         self.check_finite()
         row = self.figures(self.sums / self.epoch_steps)
         row["std"] = health.spread(distributed.all_gather(z.detach().float()))  # of the global batch
@@ -155,7 +155,7 @@ class Training:
         return self.history[-1]
 
     def save(self) -> None:
-        """Write a checkpoint in a thread, for which `writer.wait` waits; all processes hold the same and one writes."""
+        """Write a checkpoint in a thread; `writer.wait` waits for it. All hold one state; the first process writes."""
         self.check_finite()
         if distributed.rank() != 0:
             return
@@ -165,20 +165,20 @@ class Training:
         self.writer.save(self.step, self.state() | correlation, metadata)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors that training changes, themselves and no copies."""
+        """Return the tensors that training changes; no copies."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         for i, w in enumerate(self.weights + self.biases):
             tensors[f"momentum.{i}"] = self.optimizer.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
         return tensors | {"sums": self.sums, "finite_steps": self.finite_steps}
 
     def resume(self) -> str:
-        """Go on from the newest checkpoint of this run and say so, or say that there is none.
+        """Resume from the newest checkpoint of this run, if there is one; return a line that says so.
 
-        The first process looks, and all take what it found: another's disk may hold other checkpoints, or none.
+        The first process reads it and sends it to the others: their disks may hold other checkpoints, or none.
         """
         found = checkpoint.latest(self.folder) if distributed.rank() == 0 else None
         tensors, metadata = found or ({}, None)
-        metadata, self.correlation = distributed.of_first((metadata, _part(tensors, "correlation.")))
+        metadata, self.correlation = distributed.broadcast_object((metadata, _part(tensors, "correlation.")))
         if metadata is None:
             return "from the start"
         with torch.no_grad():
@@ -194,25 +194,25 @@ class Training:
 
 
 def collapse(row: dict[str, float], min_std: float, max_correlation: float) -> dict[str, str]:
-    """Say in what way embeddings are degenerate, by the name of the bound, and what usually makes them so."""
-    found, correlation = {}, row["redundancy"] ** 0.5
+    """Return a warning with the usual causes for each bound that a row of the history breaks, by the bound's name."""
+    texts, correlation = {}, row["redundancy"] ** 0.5
     if row["std"] < min_std:
-        found["min_std"] = (
+        texts["min_std"] = (
             f"the embeddings are collapsing: their standard deviation is {row['std']:.3f} of an even spread's, below "
             f"pretrain.min_std={min_std}. Usual causes: a learning rate too high, too short a warm-up, images that are "
             f"all alike"
         )
     if correlation > max_correlation:
-        found["max_correlation"] = (
+        texts["max_correlation"] = (
             f"the embedding's dimensions repeat each other: root mean square correlation {correlation:.3f}, above "
             f"pretrain.max_correlation={max_correlation}. Usual causes: pretrain.lambd too low, a learning rate too "
             f"high, a projector wider than the data has to say"
         )
-    return found
+    return texts
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the L2 norm of all entries of some tensors together, in float64: squares of float32 may overflow."""
+    """Return the L2 norm of all entries of some tensors together, in float64, since squares of float32 may overflow."""
     norms = torch._foreach_norm([tensor.detach() for tensor in tensors], 2, torch.float64)
     whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return whole

@@ -1,7 +1,7 @@
 """Batches of view pairs from tar shards (paper, section 2.1), decoded and distorted by DALI on CPU or GPU.
 
-Which images are in a batch and how each is distorted is drawn here and handed to DALI, from the seed and the number of
-the batch alone: so the global batch of a step is the same at any number of processes, and to resume is to count.
+The images of a batch and their distortions are drawn here, from the seed and the number of the batch alone. DALI gets
+them. So the global batch of a step is the same at any number of processes, and to resume takes nothing but the step.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from barlow.core.errors import UserError
 from barlow.settings import params
 from barlow.training.distort import Distortion, augment, draw
 
-SHUFFLE_BYTES = 256 * 2**20  # of image files within which an epoch mixes; a smaller set is shuffled as a whole
-BLOCKS = 64  # runs of neighbouring files that are mixed with each other at a time
-AHEAD = 16  # batches that are asked of the disk before they are needed
+SHUFFLE_BYTES = 256 * 2**20  # of image files that are mixed with each other; a smaller set is shuffled as a whole
+BLOCKS = 64  # runs of neighbouring files in SHUFFLE_BYTES
+AHEAD = 16  # batches between asking the disk for files and using them
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -45,9 +45,9 @@ def view_pipeline(batches: Any, views: params.Views, count: int) -> Any:
 
 
 def epoch_order(n: int, fill: int, rng: np.random.Generator) -> Indices:
-    """Return 0 to n - 1 in a new order: runs of `fill` / BLOCKS in any order, then mixed within each `fill`.
+    """Return 0 to n - 1 in a new order: shuffle runs of `fill` / BLOCKS numbers, then mix each `fill` numbers.
 
-    So a set that is larger than memory is read in long stretches; `fill` >= n is an even shuffle of the whole.
+    So a set that is larger than memory is read in long stretches. With `fill` >= n, every order is equally likely.
     """
     block = ceil(fill / BLOCKS)
     starts = rng.permutation(ceil(n / block)) * block
@@ -59,7 +59,7 @@ def epoch_order(n: int, fill: int, rng: np.random.Generator) -> Indices:
 
 
 def part(batch_size: int, rank: int, world_size: int) -> slice:
-    """Return a rank's part of a global batch; raises UserError where the ranks cannot share it evenly."""
+    """Return a rank's slice of the global batch; raises UserError where the ranks cannot share the batch evenly."""
     if batch_size % world_size:
         raise UserError(f"pretrain.batch_size={batch_size} is not divisible by {world_size} processes; use a multiple")
     local = batch_size // world_size
@@ -67,15 +67,23 @@ def part(batch_size: int, rank: int, world_size: int) -> slice:
 
 
 class TwinViews:
-    """Endless epochs of view pairs from tar shards, in an order that is new in each epoch and fixed by the seed.
+    """Endless epochs of view pairs from tar shards; each epoch has a new order, which the seed fixes.
 
-    `for view_a, view_b in twin_views` is one epoch (after a restore or a `break`: the rest of one) of `len()` batches:
-    normalised float32 (batch_size / world_size, 3, size, size) tensors on the device. Every rank has its part of one
-    global batch, and that does not depend on `world_size`. The last images, which fill no batch, are left out.
+    `for view_a, view_b in twin_views` is one epoch of `len()` batches (after a restore or a `break`, the rest of one):
+    normalised float32 tensors (batch_size / world_size, 3, size, size) on the device. Each rank yields its part of the
+    global batch, which does not depend on `world_size`. The last images of an epoch, which fill no batch, are left out.
 
-    `tars`, `seed` and `batch_size`, that of all ranks together, are the same on every rank; `device_id` is the GPU that
-    decodes and distorts, None the CPU; `threads` are DALI's, None one a processor.
-    `digest` is that of the tars.
+    Args:
+        tars: the shards; the same on every rank, like the next three.
+        views: the distortions and their probabilities.
+        batch_size: of all ranks together.
+        seed: of the orders and the distortions.
+        rank, world_size: this process, and how many there are.
+        device_id: the GPU that decodes and distorts; None: the CPU.
+        threads: of DALI; None: one per processor.
+
+    Attributes:
+        digest: hash of the tars.
 
     Raises:
         UserError: the ranks cannot share a batch evenly, there are fewer images than a batch, or (while iterating) an
@@ -102,7 +110,7 @@ class TwinViews:
             )
         self._batches = len(self._samples) // batch_size
         self._fill = ceil(len(self._samples) * SHUFFLE_BYTES / self._samples.bytes)  # images to mix at a time
-        self._step = 0  # batches that were yielded, over all epochs
+        self._step = 0  # batches yielded so far, over all epochs
         self._tars, self._views, self._seed, self._batch_size = tars, views, seed, batch_size
         self.digest = webdataset.digest(tars)
         self._fingerprint = {
@@ -125,14 +133,14 @@ class TwinViews:
             yield pair
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state after the batch that was yielded last: what follows is the same after a restore."""
+        """Return the state after the batch that was yielded last; after a restore, the same batches follow."""
         return {**self._fingerprint, "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the batch at which `state` was taken, on any rank and at any number of them.
+        """Continue after the batch at which `state` was taken, on any rank and at any number of ranks.
 
         Raises:
-            ValueError: the state belongs to other images or settings; says which.
+            ValueError: the state belongs to other images or settings; names the first that differs.
         """
         for name, value in self._fingerprint.items():
             if state.get(name) != value:
@@ -141,7 +149,7 @@ class TwinViews:
         self._pipeline = None
 
     def build(self) -> None:
-        """Build the pipeline; who iterates does it anyway, and waits."""
+        """Build the pipeline now; else the first batch waits for it."""
         if self._pipeline is None:
             self._pipeline = view_pipeline(self._source(self._step), self._views, 2, **self._options)
             self._pipeline.build()
@@ -188,10 +196,10 @@ def single_views(
     seed: int,
     device_id: int | None = None,
 ) -> Iterator[tuple[Tensor, Indices]]:
-    """Yield `steps` batches of one distorted view each, drawn as view B is, with the numbers of their images.
+    """Yield `steps` batches: one view of each image, distorted like view B, with the numbers of the images.
 
-    The images are `numbers` of `samples`, as often as it takes, in a new order each time; the views are normalised
-    float32 (batch_size, 3, size, size) tensors on the device.
+    The images are `numbers` of `samples`, repeated as often as needed, each time in a new order. The views are
+    normalised float32 tensors (batch_size, 3, size, size) on the device.
     """
     rng = np.random.default_rng(seed)
     endless = chain.from_iterable(rng.permutation(numbers) for _ in count())
@@ -208,7 +216,7 @@ def single_views(
 
 
 def _undecodable(tars: list[Path]) -> str:
-    """Return the tar and the members of the first images in it that DALI does not decode; empty if there are none."""
+    """Name the first images that DALI does not decode, with their tar; return "" if it decodes all."""
     for tar in tars:
         samples = webdataset.read([tar])
         while chunk := list(islice(samples, 256)):
@@ -229,7 +237,7 @@ def _decodes(samples: list[webdataset.Sample]) -> bool:
 
 
 def pairs(tars: list[Path], views: params.Views, n: int, seed: int) -> tuple[Pixels, Pixels]:
-    """Return both views of the first `n` images as the network sees them, as uint8 (n, size, size, 3), for display."""
+    """Return both views of the first `n` images, as the network sees them, for display: uint8 (n, size, size, 3)."""
     samples, rng = webdataset.Samples(tars), np.random.default_rng(seed)
     n = min(n, len(samples))
     sides = samples.sides[:n]
