@@ -368,8 +368,9 @@ def right_stages(bench: Bench) -> Iterator[Figure]:
     finetune.run(
         dataclasses.replace(p, finetune=dataclasses.replace(p.finetune, steps=4, draws=1, supervised_budget=0.02))
     )
-    top1 = [value for name, value in files.read_json("reports/finetune.json").items() if name.endswith("_top1")]
-    yield Figure("finetune: networks that were trained", len(top1), "", (2, None))
+    tuned = files.read_json(files.FINETUNING)
+    networks = 2 * len(tuned["fine_tuned"]) + (tuned["supervised"] is not None)
+    yield Figure("finetune: networks that were trained", networks, "", (2, None))
 
 
 @step

@@ -1,14 +1,14 @@
-"""`python benchmarks/labelfree.py FOLDER`: do figures that need no label rank checkpoints as the linear probe does?
+"""`python benchmarks/labelfree.py FOLDER`: do label-free figures rank checkpoints as the linear probe does?
 
 FOLDER has train/CLASS/*.jpg and test/CLASS/*.jpg (CIFAR-10 as JPEG files). A few runs, most of them wrong in some way,
-are looked at several times while they train; each checkpoint is evaluated as `barlow evaluate` does it. Printed are
-Spearman's rank correlations of each label-free figure with the probe: over all checkpoints, over runs, and over time.
+keep several checkpoints each, and each checkpoint is evaluated as `barlow evaluate` does it. The script prints
+Spearman's rank correlation of each label-free figure with the probe: over all checkpoints, over runs, and over time.
 """
 
 import os
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -24,8 +24,8 @@ from barlow.training import model
 from barlow.training.loss import barlow_twins_loss
 from barlow.training.state import Training
 
-EACH = {"train": 1000, "test": 200}  # images of a class
-EPOCHS = (2, 5, 10)  # after which a run is looked at
+EACH = {"train": 1000, "test": 200}  # images per class
+EPOCHS = (2, 5, 10)  # after which a run is evaluated
 CROP_ALONE = {"jitter": 0.0, "grayscale": 0.0, "solarize": (0.0, 0.0), "flip": 0.0}
 RUNS = {
     "as it should be": {},
@@ -37,7 +37,7 @@ RUNS = {
     "learning rate 10 times larger": {"pretrain": {"lr_weights": 6.0}},
     "32 dimensions": {"model": {"projector": (512, 512, 32)}},
 }
-FIGURES = ("effective_rank", "feature_std", "feature_correlation", "alignment", "uniformity", "loss")
+FIGURES = ("effective_rank", "std", "correlation", "alignment", "uniformity", "loss")
 CPU = torch.device("cpu")
 
 
@@ -60,16 +60,17 @@ def changed(base: params.Params, changes: dict) -> params.Params:
 
 
 def look(backbone: torch.nn.Module, p: params.Params) -> dict[str, float]:
-    """Evaluate as the stages do."""
+    """Evaluate as the stages do; accuracies in percent, and label-free figures."""
     encoder = model.FrozenEncoder(p.model, p.views)
     encoder.backbone.load_state_dict(backbone.state_dict())
     splits = {name: features.embed(encoder, features.labelled(name), CPU) for name in ("train", "val", "test")}
     features.save("pretrained", splits | extract.health(encoder, p, CPU))
-    return evaluate.score(splits, len(webdataset.classes()), p.evaluate).metrics | evaluate.health_of("pretrained")
+    scores = evaluate.score(splits, len(webdataset.classes()), p.evaluate).scores
+    return {"top1": scores.linear.top1, "knn": scores.knn.top1, **asdict(evaluate.measure_health("pretrained"))}
 
 
 def checkpoints(name: str, p: params.Params, common: params.Params):
-    """Train, and yield a row a checkpoint; what is measured on views uses the same for all."""
+    """Train, and yield one row per checkpoint; all checkpoints are measured on the same views."""
     run, bf16 = Training(p, CPU), model.computes_bf16("auto", CPU)
     for epoch in range(1, p.pretrain.epochs + 1):
         loss = 0.0
@@ -88,12 +89,12 @@ def ranks(rows: list[dict], figure: str) -> str:
     """Return Spearman's correlation with the probe: pooled, between runs at the end, and the median within runs."""
 
     def rho(some: list[dict]) -> float:
-        return float(spearmanr([row[figure] for row in some], [row["linear_top1"] for row in some]).statistic)
+        return float(spearmanr([row[figure] for row in some], [row["top1"] for row in some]).statistic)
 
     rng = np.random.default_rng(0)
     names = list(RUNS)
     resampled = []
-    for _ in range(1000):  # whole runs, since checkpoints of one are alike
+    for _ in range(1000):  # resample whole runs, since the checkpoints of one run are alike
         drawn = rng.choice(names, len(names))
         resampled.append(rho([row for name in drawn for row in rows if row["run"] == name]))
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
@@ -125,7 +126,7 @@ def main(source: Path) -> None:
     print(f"\n{provenance.hardware()}; {len(rows)} checkpoints of {len(RUNS)} runs")
     print("| checkpoint after epochs | " + " | ".join(map(str, EPOCHS)) + " |\n|---|" + "---|" * len(EPOCHS))
     for name, group in groupby(rows, lambda row: row["run"]):
-        print(f"| {name} | " + " | ".join(f"{row['linear_top1']:.1f}" for row in group) + " |")
+        print(f"| {name} | " + " | ".join(f"{row['top1']:.1f}" for row in group) + " |")
     print("\n| figure | all checkpoints | runs, at the end | time, median run |\n|---|---|---|---|")
     for figure in FIGURES:
         print(ranks(rows, figure))

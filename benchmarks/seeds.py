@@ -1,25 +1,28 @@
-"""`make seeds`: the headline for three seeds, on the shards that `make repro` left; writes benchmarks/seeds.json.
+"""`make seeds`: measure the headline for three seeds, on the shards of `make repro`; writes benchmarks/seeds.json.
 
-Each seed trains its own encoder, and draws its own random one and its own few labels; data, params and protocol are of
-params.yaml. The table goes into benchmarks/RESULTS.md.
+Each seed trains its own encoder and draws its own random encoder and labelled images. All else is as in params.yaml.
+The printed table goes into benchmarks/RESULTS.md.
 """
 
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from barlow.core import files, provenance
+from barlow.evaluation.figures import Evaluation, read
 
 SEEDS = (0, 1, 2)
-NAMES = [f"{prefix}{name}_top1" for name in ("linear", "knn") for prefix in ("", "random_")]
+ENCODERS, METHODS = ("pretrained", "random"), ("linear", "knn")
 
 
-def run(seed: int) -> dict[str, float]:
-    """Pretrain and evaluate with another seed in a folder of its own; return the figures and pretraining's seconds."""
+def run(seed: int) -> dict[str, Any]:
+    """Pretrain and evaluate with another seed in a temporary folder; return accuracies and pretraining's seconds."""
     params = yaml.safe_load(Path("params.yaml").read_text())
     for stage in ("pretrain", "extract", "evaluate"):
         params[stage]["seed"] = seed
@@ -30,21 +33,20 @@ def run(seed: int) -> dict[str, float]:
         (project / "data/shards").symlink_to(files.SHARDS.resolve())
         for stage in ("pretrain", "extract", "evaluate"):
             subprocess.run([sys.executable, "-m", "barlow.cli", stage], cwd=project, check=True, stdout=sys.stderr)
-        metrics = files.read_json(project / "reports/evaluate.json")
-        seconds = files.read_json(project / "reports/pretrain.json")["seconds"]
-    return {f"{name}{end}": metrics[f"{name}{end}"] for name in NAMES for end in ("", "_low", "_high")} | {
-        "seed": seed,
-        "seconds": seconds,
-    }
+        encoders = read(Evaluation, project / files.EVALUATION).encoders
+        seconds = files.read_json(project / files.PRETRAINING)["seconds"]
+    measured = {name: {kind: asdict(getattr(encoders[name], kind)) for kind in METHODS} for name in ENCODERS}
+    return {"seed": seed, "seconds": seconds, "encoders": measured}
 
 
-def row(metrics: dict[str, float]) -> str:
-    cells = [str(metrics["seed"])]
-    for pretrained, random in zip(NAMES[::2], NAMES[1::2], strict=True):
-        for key in (pretrained, random):
-            cells.append(f"{metrics[key]:.1f} ({metrics[f'{key}_low']:.1f}-{metrics[f'{key}_high']:.1f})")
-        cells.append(f"{metrics[pretrained] - metrics[random]:+.1f}")
-    return f"| {' | '.join(cells)} | {metrics['seconds']:.0f} s |"
+def row(record: dict[str, Any]) -> str:
+    """Return a row of the table in Markdown."""
+    cells = [str(record["seed"])]
+    for kind in METHODS:
+        pretrained, random = (record["encoders"][name][kind] for name in ENCODERS)
+        cells += [f"{each['top1']:.1f} ({each['low']:.1f}-{each['high']:.1f})" for each in (pretrained, random)]
+        cells.append(f"{pretrained['top1'] - random['top1']:+.1f}")
+    return f"| {' | '.join(cells)} | {record['seconds']:.0f} s |"
 
 
 if __name__ == "__main__":
@@ -52,8 +54,8 @@ if __name__ == "__main__":
     print(provenance.hardware())
     print("| seed | linear probe | random encoder | gain | kNN | random encoder | gain | pretraining |")
     print("|---|---|---|---|---|---|---|---|")
-    found = []
+    records = []
     for seed in SEEDS:
-        found.append(run(seed))
-        print(row(found[-1]), flush=True)
-    files.write_json(Path("benchmarks/seeds.json"), found)
+        records.append(run(seed))
+        print(row(records[-1]), flush=True)
+    files.write_json(Path("benchmarks/seeds.json"), records)

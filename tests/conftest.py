@@ -278,13 +278,16 @@ def write_encoder():
 def _write_encoder(name, classes):
     import numpy as np
     import onnx
+    import stages
     import torch
     from onnx import TensorProto, helper
 
     from barlow.core import files, webdataset
     from barlow.core.images import decode
+    from barlow.data import validation
+    from barlow.data.validation import Counts
     from barlow.encoder.encoder import Encoder
-    from barlow.evaluation import features
+    from barlow.evaluation import features, figures
 
     operators = {
         "edges": [("Identity", ["means"])],
@@ -295,9 +298,11 @@ def _write_encoder(name, classes):
     }
     filters = np.random.default_rng(0).normal(size=(12, 3, 3, 3))
     filters -= filters.mean(axis=(2, 3), keepdims=True)
-    figures = {"images": 294, "accepted": 290, "accepted_pretrain": 200, "quarantined": 4}
-    for stage in ("validate", "pretrain", "evaluate", "export"):
-        files.write_json(files.REPORTS / f"{stage}.json", figures | {"latency_ms": 1.0, "linear_top1": 50.0})
+    accepted = Counts(290, {"pretrain": 200, "train": 0, "val": 30, "test": 60})
+    validation.write(validation.Validation(294, accepted, Counts(4, {"decodable": 4}), {}))
+    files.write_json(files.PRETRAINING, {"loss": 1.0})
+    figures.write(files.EVALUATION, stages.measured(4, 60)[0])
+    figures.write(files.EXPORTING, stages.exporting())
     files.ONNX.parent.mkdir(exist_ok=True)
     chain = operators[name]
     nodes = [

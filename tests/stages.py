@@ -1,4 +1,4 @@
-"""What the stages write, written without them: a project folder that the report can be made in."""
+"""Write what the stages write, without running them: a project folder for the report."""
 
 import csv
 import io
@@ -7,19 +7,21 @@ import numpy as np
 import onnx
 import pyarrow as pa
 import torch
-from dvclive import Live
 from PIL import Image
 
 from barlow.core import files, images, webdataset
 from barlow.core.weights import save_weights
-from barlow.data import manifest
-from barlow.evaluation import features, intervals
+from barlow.data import manifest, validation
+from barlow.data.validation import Check, Counts, Validation
+from barlow.evaluation import features, figures, intervals
+from barlow.evaluation.figures import Accuracy, Budget
 
 HOSTILE = '<script>alert("1")</script>&\n,\u202e'
 READABLE = HOSTILE.replace("\n", "\\n").replace("\u202e", "\\u202e")
 CLASSES = ("bricks", "dots", "rings", "waves", HOSTILE)
-ENCODERS = {"": "pretrained", "random_": "random", "pixels_": "pixels"}
-FEW = {"labels_1": 5, "labels_5": 25, "labels_10": 50, "share_1": 5, "share_10": 40}  # setting: images
+ENCODERS = ("pretrained", "random", "pixels")
+SHARES = {Budget(None, 0.01): 5, Budget(None, 0.1): 40}  # labelled images
+FEW = {Budget(1, None): 5, Budget(5, None): 25, Budget(10, None): 50} | SHARES
 
 
 def noise(height, width):
@@ -46,7 +48,7 @@ def write(classes=CLASSES, test=60, epochs=14, labelled=True, claimed=True):
     pretraining(epochs)
     evaluation(list(classes), test, labelled)
     export()
-    files.write_json(files.REPORTS / "claims.json", claims() if claimed else {"claims": []})
+    files.write_json(files.CLAIMS, claims() if claimed else {"claims": []})
 
 
 def data(known, test):
@@ -60,18 +62,18 @@ def data(known, test):
     files.write_json(files.SHARDS / webdataset.CLASSES_FILE, known)
     manifest.write(pa.Table.from_pylist(rows, manifest.SCHEMA), files.ACCEPTED)
 
-    validation = {"images": 104, "accepted": 100, "quarantined": 4, "quarantined_decodable": 3, "quarantined_width": 1}
-    validation |= {f"accepted_{split}": 10 for split in manifest.SPLITS}
-    for name, success, severity, observed in (("decodable", True, "critical", 0.971), ("drift", False, "warning", 0.2)):
-        validation |= {f"{name}_success": success, f"{name}_severity": severity, f"{name}_observed": observed}
-        validation |= {f"{name}_bound": 0.5, f"{name}_unexpected": 0}
-    files.write_json(files.REPORTS / "validate.json", validation)
+    accepted = Counts(100, dict.fromkeys(manifest.SPLITS, 10))
+    quarantined = Counts(4, {"decodable": 3, "width": 1})
+    checks = {"decodable": Check(True, "critical", 0.971, 0.5, 0), "drift": Check(False, "warning", 0.2, 0.5, 0)}
+    validation.write(Validation(104, accepted, quarantined, checks))
     table(files.QUARANTINE, ["path", "reason"], [["a b/é.jpg", "not an image"], [f"{HOSTILE}.jpg", "width 8"]])
     files.QUARANTINED.mkdir()
     (files.QUARANTINED / "001.jpg").write_bytes(images.jpeg(noise(8, 8)))
 
 
 def pretraining(epochs):
+    from dvclive import Live  # here, since its import takes a second
+
     live = Live(str(files.REPORTS / "pretrain"), save_dvc_exp=False, dvcyaml=None)
     for epoch in range(epochs):
         row = {
@@ -90,7 +92,7 @@ def pretraining(epochs):
         for name, value in row.items():
             live.log_metric(name, float(value))
         live.next_step()
-    files.write_json(files.REPORTS / "pretrain.json", {**row, "epochs": epochs, "seconds": 17.5 * epochs})
+    files.write_json(files.PRETRAINING, {**row, "epochs": epochs, "seconds": 17.5 * epochs})
 
     rng = np.random.default_rng(0)
     z = rng.normal(size=(200, 64))
@@ -102,7 +104,7 @@ def pretraining(epochs):
 
 
 def evaluation(classes, test, labelled):
-    """Draw features and predictions, and made-up figures that all differ, each with an interval."""
+    """Write random features and predictions, and the metrics of `measured`."""
     rng = np.random.default_rng(0)
 
     def split(name, count):
@@ -119,55 +121,69 @@ def evaluation(classes, test, labelled):
     pairs = [(classes[a], classes[b]) for a, b in zip(labels, predictions, strict=True)] if labelled else []
     table(files.CONFUSION, ["actual", "predicted"], pairs)
 
-    metrics = {"classes": len(classes) * labelled, "test_images": test * labelled}
-    metrics |= {"train_images": 10 * labelled, "val_images": 10 * labelled}
-    for who, rank in (("", 87.654), ("random_", 9.876)):
-        metrics |= {f"{who}effective_rank": rank, f"{who}feature_std": 0.71, f"{who}health_images": 1000}
-        metrics |= {f"{who}alignment": 0.321, f"{who}uniformity": -2.345, f"{who}feature_correlation": 0.123}
-    finetuned = {"seconds": 12.3}
-    draws = []
+    evaluated, tuned, draws = measured(len(classes), test, labelled)
+    figures.write(files.EVALUATION, evaluated)
+    figures.write(files.FINETUNING, tuned)
+    table(files.FEW_LABELS, ["encoder", "budget", "images", "draw", "top1"], draws)
+
+
+def measured(classes, test, labelled=True):
+    """Return evaluation, fine-tuning and draws: made-up accuracies, all different, each with an interval."""
+    encoders, fine_tuned, supervised, draws = {}, {}, None, []
+    for i, encoder in enumerate(ENCODERS):
+        health = None
+        if encoder != "pixels":
+            rank = 87.654 if encoder == "pretrained" else 9.876
+            health = figures.Health(1000, rank, std=0.71, correlation=0.123, alignment=0.321, uniformity=-2.345)
+        top1 = [accuracy(58.76 - 17.1 * i - 2.3 * j) for j in range(2 + len(FEW))]
+        few = {
+            str(budget): figures.FewLabels(budget, images, each)
+            for (budget, images), each in zip(FEW.items(), top1[2:], strict=True)
+        }
+        encoders[encoder] = figures.Scores(None, None, None, {}, health)
+        if labelled:
+            encoders[encoder] = figures.Scores(top1[0], top1[1], 0.001, few, health)
+            draws += [(encoder, str(budget), FEW[budget], k, 40 - 10 * i + k) for budget in FEW for k in range(5)]
     if labelled:
-        names = ["linear", "knn", *FEW]
-        for i, (prefix, encoder) in enumerate(ENCODERS.items()):
-            metrics[f"{prefix}linear_l2"] = 0.001
-            for j, name in enumerate(names):
-                metrics |= accuracy(f"{prefix}{name}_top1", 58.76 - 17.1 * i - 2.3 * j)
-            draws += [(encoder, name, FEW[name], k, 40 - 10 * i + k) for name in FEW for k in range(5)]
-        metrics |= {f"{name}_images": images for name, images in FEW.items()}
-        for i, name in enumerate(("finetuned_share_1", "scratch_share_1", "finetuned_share_10", "scratch_share_10")):
-            finetuned |= accuracy(f"{name}_top1", 31.4 + 7 * i)
-        finetuned |= accuracy("supervised_top1", 71.9) | {"supervised_images": 1000}
-    files.write_json(files.REPORTS / "evaluate.json", metrics)
-    files.write_json(files.REPORTS / "finetune.json", finetuned)
-    table(files.FEW_LABELS, ["encoder", "setting", "images", "draw", "top1"], draws)
+        for i, (budget, images) in enumerate(SHARES.items()):
+            pretrained, random = (figures.Network(accuracy(31.4 + 14 * i + 7 * j), 0.01) for j in range(2))
+            fine_tuned[str(budget)] = figures.FineTuned(budget, images, pretrained, random)
+        supervised = figures.Supervised(figures.Network(accuracy(71.9), 0.1), 1000)
+    images = figures.Images(10 * labelled, 10 * labelled, test * labelled)
+    evaluated = figures.Evaluation(classes * labelled, images, encoders)
+    return evaluated, figures.FineTuning(12.3, fine_tuned, supervised), draws
 
 
-def accuracy(key, value):
-    low, high = intervals.wilson_interval(value, 1000)
-    return {key: value, f"{key}_low": low, f"{key}_high": high}
+def accuracy(top1):
+    """Return an accuracy with Wilson's interval over 1,000 images."""
+    return Accuracy(top1, *intervals.wilson_interval(top1, 1000))
+
+
+def exporting(cosine_min=1.0):
+    """Return the metrics of an export."""
+    precision = {"float32": figures.Precision(figures.Top1(50.0, 40.0), 19_000_000, True)}
+    parity, speed = figures.Parity(cosine_min, 1e-6, 9, True), figures.Speed(1.211, 1259.6)
+    return figures.Exporting(parity, speed, precision, 512, 4_900_000)
 
 
 def export():
-    figures = {"parity_cosine_min": 0.999999881, "latency_ms": 1.211, "images_per_second": 1259.6, "dim": 512}
-    files.write_json(files.REPORTS / "export.json", figures)
+    figures.write(files.EXPORTING, exporting(0.999999881))
     exported = onnx.helper.make_model(onnx.helper.make_graph([], "encoder", [], []))
     onnx.helper.set_model_props(exported, {"space": "0123456789abcdef", "classes": "[]"})
     files.ONNX.write_bytes(exported.SerializeToString())
 
 
 def claims():
-    """Return a document of three claims, one with a point of which no run ended."""
+    """Return a document of three claims; all runs of one of their points failed."""
 
     def point(label, interval, *runs, base=False):
         figures = dict(zip(("mean", "low", "high"), interval, strict=True))
         return {"label": label, "base": base, "params": {"pretrain.batch_size": int(label)}, "runs": runs} | figures
 
-    first = {"seed": 0, "linear_top1": 60.5, "experiment": "a-0"}
+    first = {"seed": 0, "top1": 60.5, "experiment": "a-0"}
     points = [
-        point("32", (61.25, 57.0, 65.5), first, {"seed": 1, "linear_top1": 62.0}, base=True),
-        point(
-            "64", (63.0, 62.0, 64.0), {"seed": 0, "linear_top1": 63.0}, {"seed": 1, "failed": "the loss is not finite"}
-        ),
+        point("32", (61.25, 57.0, 65.5), first, {"seed": 1, "top1": 62.0}, base=True),
+        point("64", (63.0, 62.0, 64.0), {"seed": 0, "top1": 63.0}, {"seed": 1, "failed": "the loss is not finite"}),
         point("128", (None, None, None), {"seed": 0, "failed": "out of memory"}),
     ]
     words = {"title": "No large batches needed", "claim": "The paper says so.", "rule": "At most 2 points less."}
@@ -180,4 +196,4 @@ def claims():
         "seconds": 1234.5,
         "data": "synthetic",
     }
-    return {**setting, "seeds": [0, 1], "metric": "linear_top1", "claims": entries}
+    return {**setting, "seeds": [0, 1], "claims": entries}

@@ -11,6 +11,7 @@ from scipy import stats
 
 from barlow import claims, cli
 from barlow.core import files
+from barlow.evaluation.figures import Evaluation, Images, Scores
 from barlow.experiments import grid
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +45,14 @@ def test_verdicts(intervals, above, below):
 
 
 def runs_of(*percents):
-    return [{"seed": seed, "linear_top1": each, "experiment": f"e{seed}"} for seed, each in enumerate(percents)]
+    return [{"seed": seed, "top1": each, "experiment": f"e{seed}"} for seed, each in enumerate(percents)]
+
+
+def test_an_experiment_without_labels_counts_as_failed():
+    scores = {"seed": 1, "failed": "no accuracy: train, val or test has no labels"}
+    bare = Evaluation(0, Images(0, 0, 0), {"pretrained": Scores(None, None, None, {}, None)})
+    assert claims.outcome(1, "e", {"e": bare}, {}) == scores
+    assert claims.outcome(1, "e", {}, {"e": "out of memory"}) == {"seed": 1, "failed": "out of memory"}
 
 
 def test_a_points_interval_is_students_and_the_images_in_quadrature():
@@ -103,7 +111,7 @@ def test_an_unknown_claim_and_other_data_end_before_anything_runs(monkeypatch, c
 
 
 def test_the_file_in_git_is_one_that_claims_wrote_or_the_first():
-    there = files.read_json(ROOT / claims.CLAIMS)
+    there = files.read_json(ROOT / files.CLAIMS)
     assert there["claims"] == [] or {claim["verdict"] for claim in there["claims"]} <= {
         "shown", "not shown", "contradicted"
     }  # fmt: skip
@@ -134,8 +142,11 @@ if stage == "pretrain":
     Path("reports").mkdir(exist_ok=True)
     Path("reports/pretrain.json").write_text('{"seconds": 2.0}')
 if stage == "evaluate":
-    figures = {"linear_top1": float(Path("models/encoder").read_text()), "test_images": 1000}
-    Path("reports/evaluate.json").write_text(json.dumps(figures))
+    linear = {"top1": float(Path("models/encoder").read_text()), "low": 0, "high": 100}
+    scores = {"linear": linear, "knn": None, "l2": 0.001, "few_labels": {}, "health": None}
+    images = {"train": 1000, "val": 1000, "test": 1000}
+    metrics = {"classes": 10, "images": images, "encoders": {"pretrained": scores}}
+    Path("reports/evaluate.json").write_text(json.dumps(metrics))
 """
 DVC = """
 stages:
@@ -206,7 +217,7 @@ def test_what_has_run_is_not_run_again_and_what_failed_or_was_stopped_is(stub, m
     assert cli.main(["claims", "wide", "--preset", "small", "--jobs", "2"]) == 0
     assert "2 experiments, 2 of them to run" in capfd.readouterr().out
     assert trained(control) == [0.002, 1.0]
-    first = files.read_json(claims.CLAIMS)
+    first = files.read_json(files.CLAIMS)
     (told,) = first["claims"]
     base, other = told["points"]
     assert (base["base"], base["mean"], other["base"], other["mean"]) == (True, pytest.approx(50.002), False, None)
@@ -230,7 +241,7 @@ def test_what_has_run_is_not_run_again_and_what_failed_or_was_stopped_is(stub, m
     run(project, "git", "commit", "--quiet", "-m", "another commit")
     assert cli.main(["claims", "flat", "--preset", "small"]) == 0
     assert trained(control) == [0.5]  # the base is known from another commit
-    second = files.read_json(claims.CLAIMS)
+    second = files.read_json(files.CLAIMS)
     assert [claim["name"] for claim in second["claims"]] == ["flat", "wide"]
     assert second["claims"][1] == told
-    assert second["claims"][0]["points"][1]["runs"][0]["linear_top1"] == 50.5
+    assert second["claims"][0]["points"][1]["runs"][0]["top1"] == 50.5

@@ -11,8 +11,8 @@ from barlow.core.errors import UserError
 from barlow.reporting import pages
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")  # its own
-OLD = {"linear_top1": 50.0, "linear_top1_low": 47.0, "linear_top1_high": 53.0, "knn_top1": 40.0, "classes": 10}
-NEW = {"linear_top1": 60.5, "linear_top1_low": 57.0, "linear_top1_high": 63.0, "knn_top1": 40.0, "uniformity": -2.5}
+OLD = {"linear": {"top1": 50.0, "low": 47.0, "high": 53.0}, "knn": {"top1": 40.0}, "classes": 10}
+NEW = {"linear": {"top1": 60.5, "low": 57.0, "high": 63.0}, "knn": {"top1": 40.0}, "health": {"uniformity": -2.5}}
 
 
 def git(*arguments):
@@ -77,10 +77,10 @@ def test_two_runs_side_by_side(name, capsys):
     assert ["pretrain.epochs", "8", "9"] in found
     assert ["views.flip", "–", "0.5"] in found
     assert not any(row[0] in ("pretrain.lr", "views.size") for row in found)
-    assert ["linear top1", "50 47.0 to 53.0", "60.5 57.0 to 63.0", "+10.5", "apart"] in found
-    assert ["knn top1", "40", "40", "0", ""] in found
+    assert ["linear: top1", "50 47.0 to 53.0", "60.5 57.0 to 63.0", "+10.5", "apart"] in found
+    assert ["knn: top1", "40", "40", "0", ""] in found
     assert ["classes", "10", "–", "", ""] in found
-    assert ["uniformity", "–", "−2.5", "", ""] in found
+    assert ["health: uniformity", "–", "−2.5", "", ""] in found
     assert ["space", "one", "two", "", ""] in found
     lines = [len(points.split()) for points in re.findall(r'<polyline.*?points="([\d., ]+)"', html)]
     assert lines == [2, 2, 2, 3, 2, 3]  # two in the key; loss and std, of both runs
@@ -90,7 +90,9 @@ def test_two_runs_side_by_side(name, capsys):
 
 
 def test_overlapping_intervals_are_called_so():
-    [row] = compare.rows({"a": 1.0, "a_low": 0.0, "a_high": 2.0}, {"a": 2.5, "a_low": 2.0, "a_high": 3.0})
+    old, new = {"top1": 1.0, "low": 0.0, "high": 2.0}, {"top1": 2.5, "low": 2.0, "high": 3.0}
+    [row] = compare.rows({"a": old}, {"a": new})
+    assert row["key"] == "a.top1"
     assert row["overlap"]
     assert row["difference"] == 1.5
 
@@ -103,14 +105,14 @@ def test_curves_that_are_not_in_the_cache_are_missing_and_no_error(repository, t
         html = compare.PAGE.read_text()
         assert "Not drawn: added, loss, std." in html
         assert "dvc fetch" in html
-        assert "linear top1" in html
+        assert "linear: top1" in html
     finally:
         shutil.move(tmp_path / "cache", cache)
 
 
 def test_errors_name_the_revision():
     for name in ("nowhere", "--help"):
-        with pytest.raises(UserError, match=f"{name} is no git revision and no DVC experiment"):
+        with pytest.raises(UserError, match=f"{name} is neither a git revision nor a DVC experiment"):
             compare.run(name)
     with pytest.raises(UserError, match=r"first has no reports/evaluate\.json"):
         compare.run("first")

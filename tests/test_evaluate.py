@@ -46,6 +46,13 @@ def extracted(tmp_path, monkeypatch):
     write()
 
 
+def accuracies(metrics, encoder):
+    """Return an encoder's accuracies by what was measured."""
+    scores = metrics["encoders"][encoder]
+    few = {name: each["linear"] for name, each in scores["few_labels"].items()}
+    return {"linear": scores["linear"], "knn": scores["knn"], **few}
+
+
 @pytest.fixture
 def metrics(extracted, smoke):
     evaluate.run(smoke)
@@ -56,16 +63,19 @@ def test_the_linear_probe_is_scikit_learns(metrics):
     """From the features to the figure, with the l2 that was chosen."""
     train, test = (features.load("pretrained", name) for name in ("train", "test"))
     scaler = StandardScaler().fit(train.features)
-    c = 1 / (metrics["linear_l2"] * len(train.labels))
+    pretrained = metrics["encoders"]["pretrained"]
+    c = 1 / (pretrained["l2"] * len(train.labels))
     oracle = LogisticRegression(C=c, tol=1e-8, max_iter=10_000).fit(scaler.transform(train.features), train.labels)
-    assert metrics["linear_top1"] == pytest.approx(100 * oracle.score(scaler.transform(test.features), test.labels))
-    assert metrics["linear_top1_low"] < metrics["linear_top1"] < metrics["linear_top1_high"]
+    linear = pretrained["linear"]
+    assert linear["top1"] == pytest.approx(100 * oracle.score(scaler.transform(test.features), test.labels))
+    assert linear["low"] < linear["top1"] < linear["high"]
 
 
 def test_the_head_and_the_confusion_are_those_of_the_probe(metrics):
     test, (head, metadata) = features.load("pretrained", "test"), load_weights(files.HEAD)
     predictions = (test.features @ head["weight"].T + head["bias"]).argmax(1)
-    assert metrics["linear_top1"] == pytest.approx(100 * (predictions == test.labels).double().mean().item())
+    top1 = metrics["encoders"]["pretrained"]["linear"]["top1"]
+    assert top1 == pytest.approx(100 * (predictions == test.labels).double().mean().item())
     assert metadata["classes"] == CLASSES
     with files.CONFUSION.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -74,42 +84,46 @@ def test_the_head_and_the_confusion_are_those_of_the_probe(metrics):
 
 
 def test_baselines_have_the_same_figures(metrics):
-    own = {name for name in metrics if name.endswith("_top1") and not name.startswith(("random_", "pixels_"))}
-    assert own == {"linear_top1", "knn_top1", "labels_1_top1", "labels_5_top1", "share_10_top1"}
-    for name in own:
-        assert metrics[name] > metrics[f"random_{name}"] > 0
-        assert 0 <= metrics[f"pixels_{name}_low"] <= metrics[f"pixels_{name}"] <= metrics[f"pixels_{name}_high"]
-    assert {name: metrics[f"{name}_images"] for name in ("train", "val", "test")} == SIZES
-    assert {name: metrics[f"{name}_images"] for name in ("labels_1", "labels_5", "share_10")} == {
-        "labels_1": 4,
-        "labels_5": 20,
-        "share_10": 8,
-    }
+    assert list(metrics["encoders"]) == ["pixels", "pretrained", "random"]
+    pretrained, random, pixels = (accuracies(metrics, name) for name in ("pretrained", "random", "pixels"))
+    assert {*pretrained} == {*random} == {*pixels} == {"linear", "knn", "1 per class", "5 per class", "10 %"}
+    for name, accuracy in pretrained.items():
+        assert accuracy["top1"] > random[name]["top1"] > 0
+        assert 0 <= pixels[name]["low"] <= pixels[name]["top1"] <= pixels[name]["high"]
+    assert metrics["images"] == SIZES
+    for scores in metrics["encoders"].values():
+        few = scores["few_labels"]
+        assert {name: each["images"] for name, each in few.items()} == {"1 per class": 4, "5 per class": 20, "10 %": 8}
+        assert few["5 per class"]["budget"] == {"per_class": 5, "share": None}
+        assert few["10 %"]["budget"] == {"per_class": None, "share": 0.1}
+    assert metrics["encoders"]["pixels"]["health"] is None
 
 
 def test_few_label_probes_are_means_over_draws(metrics):
     with files.FEW_LABELS.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 3 * 2  # encoders, settings, draws
-    for prefix, encoder in {"": "pretrained", "random_": "random", "pixels_": "pixels"}.items():
-        top1 = [float(row["top1"]) for row in rows if (row["encoder"], row["setting"]) == (encoder, "labels_5")]
-        assert metrics[f"{prefix}labels_5_top1"] == pytest.approx(np.mean(top1))
-        low, high = intervals.mean_interval(top1, 60)
-        assert (metrics[f"{prefix}labels_5_top1_low"], metrics[f"{prefix}labels_5_top1_high"]) == (low, high)
-    assert metrics["labels_1_top1"] < metrics["labels_5_top1"] < metrics["linear_top1"] + 1e-9
+    assert len(rows) == 3 * 3 * 2  # encoders, budgets, draws
+    for encoder in ("pretrained", "random", "pixels"):
+        top1 = [float(row["top1"]) for row in rows if (row["encoder"], row["budget"]) == (encoder, "5 per class")]
+        accuracy = accuracies(metrics, encoder)["5 per class"]
+        assert accuracy["top1"] == pytest.approx(np.mean(top1))
+        assert (accuracy["low"], accuracy["high"]) == intervals.mean_interval(top1, 60)
+    top1 = {name: accuracy["top1"] for name, accuracy in accuracies(metrics, "pretrained").items()}
+    assert top1["1 per class"] < top1["5 per class"] < top1["linear"] + 1e-9
 
 
 def test_no_draws_no_few_label_probes(extracted, smoke, change):
     evaluate.run(change(smoke, "evaluate", draws=0))
-    assert not [name for name in files.read_json("reports/evaluate.json") if name.startswith(("labels", "share"))]
+    encoders = files.read_json("reports/evaluate.json")["encoders"]
+    assert [scores["few_labels"] for scores in encoders.values()] == [{}] * 3
 
 
 def test_baselines_can_be_left_out(metrics, smoke, change):
     for name in ("random", "pixels"):
         (files.FEATURES / f"{name}.safetensors").unlink()
     evaluate.run(change(smoke, "extract", baselines=False))
-    kept = {name: value for name, value in metrics.items() if not name.startswith(("random_", "pixels_"))}
-    assert files.read_json("reports/evaluate.json") == kept
+    kept = {"pretrained": metrics["encoders"]["pretrained"]}
+    assert files.read_json("reports/evaluate.json") == metrics | {"encoders": kept}
 
 
 def test_it_is_deterministic(metrics, smoke):
@@ -120,15 +134,15 @@ def test_it_is_deterministic(metrics, smoke):
 
 def test_nothing_that_is_fitted_or_chosen_sees_test_labels(metrics, smoke):
     """Shuffled test labels change the accuracy and nothing else."""
-    head, l2 = files.HEAD.read_bytes(), metrics["linear_l2"]
+    head, before = files.HEAD.read_bytes(), metrics["encoders"]["pretrained"]
     splits = clusters(1.2)
     labels = torch.tensor(np.random.default_rng(1).permutation(splits["test"].labels))
     features.save("pretrained", splits | {"test": splits["test"]._replace(labels=labels)})
     evaluate.run(smoke)
     assert files.HEAD.read_bytes() == head
-    again = files.read_json("reports/evaluate.json")
-    assert again["linear_l2"] == l2
-    assert again["linear_top1"] < metrics["linear_top1"] - 20
+    again = files.read_json("reports/evaluate.json")["encoders"]["pretrained"]
+    assert again["l2"] == before["l2"]
+    assert again["linear"]["top1"] < before["linear"]["top1"] - 20
 
 
 @pytest.mark.parametrize("split", list(SIZES))
@@ -137,10 +151,11 @@ def test_without_labels_health_is_all(tmp_path, monkeypatch, smoke, split, capsy
     write(split)
     evaluate.run(smoke)
     metrics = files.read_json("reports/evaluate.json")
-    assert not [name for name in metrics if "top1" in name]
-    assert metrics[f"{split}_images"] == 0
-    assert metrics["effective_rank"] > 1
-    assert metrics["alignment"] > 0 > metrics["uniformity"]
+    assert "top1" not in (files.REPORTS / "evaluate.json").read_text()
+    assert metrics["images"][split] == 0
+    health = metrics["encoders"]["pretrained"]["health"]
+    assert health["effective_rank"] > 1
+    assert health["alignment"] > 0 > health["uniformity"]
     assert load_weights(files.HEAD) == ({}, {"classes": []})
     assert files.CONFUSION.read_text().splitlines() == ["actual,predicted"]
     assert "no labels" in capsys.readouterr().out
@@ -149,5 +164,5 @@ def test_without_labels_health_is_all(tmp_path, monkeypatch, smoke, split, capsy
 def test_without_features_it_says_what_to_run(tmp_path, monkeypatch, smoke):
     monkeypatch.chdir(tmp_path)
     files.write_json(files.SHARDS / "classes.json", CLASSES)
-    with pytest.raises(UserError, match=r"data/features/random\.safetensors is missing; run `barlow extract`"):
+    with pytest.raises(UserError, match=r"data/features/pretrained\.safetensors is missing; run `barlow extract`"):
         evaluate.run(smoke)

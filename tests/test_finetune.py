@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from barlow import finetune
-from barlow.core import files, webdataset
+from barlow.core import files, progress, webdataset
 from barlow.core.weights import save_weights
+from barlow.evaluation.figures import Budget
 from barlow.finetune import Study
 from barlow.training import model
 
@@ -30,17 +31,23 @@ def encoder(project, smoke):
 def test_figures_and_learning_rates(encoder, params, change, capsys):
     finetune.run(change(params, "finetune", supervised_budget=0.1))
     metrics = files.read_json("reports/finetune.json")
-    for name in ("finetuned_share_50", "scratch_share_50", "supervised"):
-        assert 0 <= metrics[f"{name}_top1_low"] <= metrics[f"{name}_top1"] <= metrics[f"{name}_top1_high"] <= 100
-        assert metrics[f"{name}_lr"] == 0.02
+    half, supervised = metrics["fine_tuned"]["50 %"], metrics["supervised"]
+    for network in (half["pretrained"], half["random"], supervised["network"]):
+        accuracy = network["accuracy"]
+        assert 0 <= accuracy["low"] <= accuracy["top1"] <= accuracy["high"] <= 100
+        assert network["lr"] == 0.02
+    assert (half["budget"], half["images"]) == ({"per_class": None, "share": 0.5}, 32)  # 8 of 15 per class
     # 2 epochs of 3 batches of 64 are 384 images; a tenth of them in batches of 16
-    assert metrics["supervised_images"] == 2 * 16
-    assert f"supervised              {metrics['supervised_top1']:.1f} (" in capsys.readouterr().out
+    assert supervised["images_seen"] == 2 * 16
+    top1 = supervised["network"]["accuracy"]["top1"]
+    assert f"supervised                  {top1:.1f} (" in capsys.readouterr().out
 
 
 def test_the_supervised_network_can_be_left_out(encoder, params, change):
     finetune.run(change(params, "finetune", supervised_budget=0.0, draws=1, steps=1))
-    assert not [name for name in files.read_json("reports/finetune.json") if "supervised" in name]
+    metrics = files.read_json("reports/finetune.json")
+    assert metrics["supervised"] is None
+    assert list(metrics["fine_tuned"]) == ["50 %"]
 
 
 def test_training_learns_the_labels_it_is_given_and_starts_where_it_is_told(encoder, params, change):
@@ -91,25 +98,40 @@ def recorded(encoder, params, change, monkeypatch):
 
 def test_the_learning_rate_is_chosen_on_val_in_the_first_draw(recorded):
     study, trained, seen = recorded((0.1, 0.2, 0.3))
-    figures = study.few_labels("finetuned_share_50", None, 0.5)
-    assert figures["finetuned_share_50_lr"] == 0.2
-    assert trained == [(0.1, 6), (0.2, 6), (0.3, 6), (0.2, 6)]
-    assert seen == [(0.1, "val"), (0.2, "val"), (0.3, "val"), (0.2, "test"), (0.2, "test")]
+    tuned = study.fine_tune(Budget(None, 0.5), {})
+    assert (tuned.pretrained.lr, tuned.random.lr) == (0.2, 0.2)
+    assert trained == 2 * [(0.1, 6), (0.2, 6), (0.3, 6), (0.2, 6)]  # from both starts
+    assert seen == 2 * [(0.1, "val"), (0.2, "val"), (0.3, "val"), (0.2, "test"), (0.2, "test")]
+
+
+def test_both_starts_get_the_same_labels(encoder, params, monkeypatch):
+    study, starts = Study(params), {"pretrained": [], "random": []}
+
+    def best(start, numbers, lrs, steps):
+        starts["random" if start is None else "pretrained"].append(numbers.tolist())
+        return lrs[0], None
+
+    monkeypatch.setattr(study, "best", best)
+    monkeypatch.setattr(study, "top1", lambda trained, split: 50.0)
+    study.fine_tune(Budget(None, 0.5), {})
+    assert starts["pretrained"] == starts["random"]
+    first, second = starts["random"]
+    assert first != second
 
 
 def test_the_supervised_network_chooses_it_in_shorter_trials(recorded):
     study, trained, seen = recorded((0.1, 0.2))
-    assert study.supervised()["supervised_lr"] == 0.2
+    assert study.supervised().network.lr == 0.2
     assert trained == [(0.1, 2), (0.2, 2), (0.2, 24)]  # 2 epochs of 3 batches of 64 in batches of 16
     assert seen == [(0.1, "val"), (0.2, "val"), (0.2, "test")]
 
 
 def test_with_one_learning_rate_there_is_nothing_to_choose(recorded):
     study, trained, seen = recorded((0.3,))
-    study.few_labels("finetuned_share_50", None, 0.5)
+    study.fine_tune(Budget(None, 0.5), {})
     study.supervised()
-    assert trained == [(0.3, 6), (0.3, 6), (0.3, 24)]
-    assert seen == [(0.3, "test")] * 3
+    assert trained == [(0.3, 6)] * 4 + [(0.3, 24)]
+    assert seen == [(0.3, "test")] * 5
 
 
 def test_without_labels_there_is_nothing_to_finetune(encoder, params, small_shards):
@@ -119,15 +141,16 @@ def test_without_labels_there_is_nothing_to_finetune(encoder, params, small_shar
         webdataset.write(files.SHARDS / f"{split}-000000.tar", (sample._replace(label=-1) for sample in samples))
     files.write_json(files.SHARDS / webdataset.CLASSES_FILE, [])
     finetune.run(params)
-    assert list(files.read_json("reports/finetune.json")) == ["seconds"]
+    metrics = files.read_json("reports/finetune.json")
+    assert (metrics["fine_tuned"], metrics["supervised"]) == ({}, None)
 
 
 def test_progress_is_told_where_there_is_no_terminal(encoder, params, monkeypatch, capsys):
-    monkeypatch.setattr(finetune, "SECONDS", 0)
+    monkeypatch.setattr(progress, "SECONDS", 0)
     study = Study(params)
     study.train(None, study.labelled, 0.02, 3)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"60 images, learning rate 0.02: step {step}/3" for step in (1, 2, 3)]
-    monkeypatch.setattr(finetune, "SECONDS", 60)
+    assert lines == [f"60 images, learning rate 0.02: step {step} of 3" for step in (1, 2, 3)]
+    monkeypatch.setattr(progress, "SECONDS", 60)
     study.train(None, study.labelled, 0.02, 3)
     assert capsys.readouterr().out == ""

@@ -38,19 +38,22 @@ def test_the_encoder_serves(project, monkeypatch):
     vectors = encoder.embed([picture, Image.open(picture)])
     assert vectors.shape == (2, 512)
     assert (vectors[0] == vectors[1]).all()
-    assert files.read_json("reports/export.json")["parity_cosine_min"] >= 0.9999
+    assert files.read_json("reports/export.json")["parity"]["cosine_min"] >= 0.9999
     assert encoder.classes == files.read_json("data/shards/classes.json")
 
 
 def test_the_metrics_are_complete(project):
     metrics = files.read_json(project / "reports/evaluate.json")
-    for name in ("linear_top1", "knn_top1", "random_linear_top1", "random_knn_top1"):
-        assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"]
-    assert metrics["effective_rank"] > 1
+    for encoder in ("pretrained", "random"):
+        for kind in ("linear", "knn"):
+            accuracy = metrics["encoders"][encoder][kind]
+            assert accuracy["low"] <= accuracy["top1"] <= accuracy["high"]
+    assert metrics["encoders"]["pretrained"]["health"]["effective_rank"] > 1
     validation = files.read_json(project / "reports/validate.json")
     rows = (project / "data/quarantine.csv").read_text().splitlines()[1:]
-    assert validation["quarantined"] == len(rows) == 4  # the planted defects
-    assert validation["accepted"] + validation["quarantined"] == validation["images"] == 704
+    accepted, quarantined = validation["accepted"]["total"], validation["quarantined"]["total"]
+    assert quarantined == len(rows) == 4  # the planted defects
+    assert accepted + quarantined == validation["images"] == 704
 
 
 def test_dvc_ignores_nothing_it_should_track(project):
@@ -115,7 +118,7 @@ def test_a_new_key_in_promote_runs_nothing(project):
 
 
 def test_metrics_and_plots_are_shown(project):
-    assert "linear_top1" in run(project, "dvc", "metrics", "show")
+    assert "encoders.pretrained.linear.top1" in run(project, "dvc", "metrics", "show")
     assert "confusion" in run(project, "dvc", "plots", "show", "--show-vega", "confusion")
     html = run(project, "dvc", "plots", "show").strip().removeprefix("file://")
     text = Path(html).read_text()

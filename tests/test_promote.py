@@ -39,11 +39,11 @@ def test_the_first_version_is_promoted_whole(encoders, held, capsys):
     assert version.card["space"] == "space of edges"
     assert version.card["classes"] == CLASSES
     assert version.card["replaces"] is None
-    assert version.card["metrics"]["evaluate"]["linear_top1"] == 50.0
+    assert version.card["metrics"]["evaluate"] == files.read_json("reports/evaluate.json")
     assert version.card["settings"]["promote"]["margin"] == 10.0
     assert files.read_json(version.path / "decision.json")["decision"] == "promoted"
     card = (version.path / "README.md").read_text()
-    for text in ("space of edges", sha256, "290 images, 200", "linear_top1", "health: effective rank"):
+    for text in ("space of edges", sha256, "290 images, 200", "| linear probe |", "health: effective rank"):
         assert text in card
     vectors = np.load(version.reference)
     assert vectors.shape == (200, 12)  # all there are
@@ -102,7 +102,7 @@ def test_a_worse_one_is_refused(encoders, held):
     assert decision()["decision"] == "refused"
     assert decision()["checks"]["health: standard deviation"]["passed"]  # healthy, and worth nothing
     figures = decision()["figures"]
-    assert figures["challenger"]["knn_top1"] < figures["v1"]["knn_top1"]
+    assert figures["challenger"]["knn"]["top1"] < figures["v1"]["knn"]["top1"]
 
 
 def test_a_wide_margin_lets_it_through(encoders, held, change):
@@ -158,7 +158,8 @@ def test_one_that_gives_nan_is_refused(encoders, held):
     ("write", "message"),
     [
         (lambda path: path.unlink(), r"No such file.*reports/evaluate\.json"),
-        (lambda path: path.write_text('{"knn_top1": NaN}'), r"knn_top1 in reports/evaluate\.json is nan"),
+        (lambda path: path.write_text('{"knn": {"top1": NaN}}'), r"knn\.top1 in reports/evaluate\.json is nan"),
+        (lambda path: path.write_text('{"classes": 4}'), r"reports/evaluate\.json: images is missing"),
     ],
 )
 def test_a_missing_metric_or_one_that_is_no_number(encoders, held, write, message):

@@ -13,6 +13,7 @@ from test_architecture import FLOORS
 
 from barlow import cli
 from barlow.evaluation import tables
+from barlow.evaluation.figures import Evaluation, FineTuning, build
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -223,24 +224,27 @@ def recorded(name):
 
 
 def test_the_results_are_what_summary_prints_of_the_recorded_run():
-    assert f"```\n{tables.table(recorded('default_run')['metrics'])}\n```" in README
+    record = recorded("default_run")
+    evaluation = build(Evaluation, record["evaluate"], "default_run.json")
+    finetuning = build(FineTuning, record["finetune"], "default_run.json")
+    assert f"```\n{tables.table(evaluation, finetuning)}\n```" in README
 
 
 def test_what_it_says_of_other_seeds_is_what_they_came_out_at():
-    first, *others = recorded("seeds")
-    lower = [round(first[name] - other[name]) for name in ("linear_top1", "knn_top1") for other in others]
+    first, *others = (record["encoders"]["pretrained"] for record in recorded("seeds"))
+    lower = [round(first[kind]["top1"] - other[kind]["top1"]) for kind in ("linear", "knn") for other in others]
     assert f"two other seeds came out {min(lower)} to {max(lower)} points lower" in README
 
 
 def test_each_row_of_the_seeds_is_that_of_the_recorded_metrics():
     """Figures with an interval, in their order: linear probe and kNN, each of the encoder and of a random one."""
     results = (ROOT / "benchmarks/RESULTS.md").read_text().partition("\n| seed |")[2]
-    keys = ("linear_top1", "random_linear_top1", "knn_top1", "random_knn_top1")
     seeds = recorded("seeds")
     for row, metrics in zip(results.splitlines()[2:], seeds, strict=False):
         shown = re.findall(r"([\d.]+) \(([\d.]+)-([\d.]+)\)", row)
         assert row.startswith(f"| {metrics['seed']} |")
+        accuracies = [metrics["encoders"][e][kind] for kind in ("linear", "knn") for e in ("pretrained", "random")]
         assert [list(cell) for cell in shown] == [
-            [f"{metrics[key + end]:.1f}" for end in ("", "_low", "_high")] for key in keys
+            [f"{accuracy[key]:.1f}" for key in ("top1", "low", "high")] for accuracy in accuracies
         ]
     assert len(seeds) >= 3

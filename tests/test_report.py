@@ -21,7 +21,7 @@ SECTIONS += ["classes", "claims", "training", "provenance"]
 
 
 class Page(HTMLParser):
-    """A page taken apart: each section's text and cells, all tags with their attributes, what `data-key` marks."""
+    """A parsed page: text and cells per section, all tags with their attributes, and the numbers with a `data-key`."""
 
     def __init__(self, html):
         super().__init__()
@@ -79,6 +79,22 @@ def page(project):
     return Page((project / files.REPORT).read_text())
 
 
+def accuracies(project):
+    """Return every accuracy of the metrics, and its ends, by the dotted name in its JSON file."""
+    found = {}
+
+    def walk(value, name):
+        if isinstance(value, dict):
+            for key, part in value.items():
+                walk(part, f"{name}.{key}" if name else key)
+        elif name.endswith((".top1", ".low", ".high")):
+            found[name] = value
+
+    for name in ("evaluate", "finetune"):
+        walk(files.read_json(project / f"reports/{name}.json"), "")
+    return found
+
+
 def render(params):
     report.run(params)
     return Page(files.REPORT.read_text())
@@ -110,25 +126,23 @@ def test_every_image_has_a_description(page, smoke):
 
 
 def test_every_accuracy_on_the_page_is_that_of_the_metrics(project, page):
-    metrics = {}
-    for name in ("evaluate", "finetune"):
-        metrics |= files.read_json(project / f"reports/{name}.json")
+    metrics = accuracies(project)
     assert len(page.figures) > 60
     for _, key, shown in page.figures:
         assert shown == round(metrics[key], 1), key
-    keys = {key for key in metrics if re.search(r"_top1(_low|_high)?$", key)}
-    assert {key for section, key, _ in page.figures if section in ("headline", "few-labels")} == keys
+    assert {key for section, key, _ in page.figures if section in ("headline", "few-labels")} == {*metrics}
     in_headline = {key for section, key, _ in page.figures if section == "headline"}
-    assert in_headline == {key for key in keys if "labels_" not in key}
+    assert in_headline == {key for key in metrics if "per class" not in key}
 
 
 def test_the_headline_says_what_evaluate_measured(project, page):
-    metrics = files.read_json(project / "reports/evaluate.json")
+    encoders = files.read_json(project / "reports/evaluate.json")["encoders"]
     text = " ".join(page.text["headline"].split())
-    for key in ("linear_top1", "random_linear_top1", "pixels_knn_top1", "share_10_top1"):
-        low, high = metrics[f"{key}_low"], metrics[f"{key}_high"]
-        assert f"{metrics[key]:.1f} % {low:.1f} to {high:.1f}" in text
-        assert {"class": "bar", "style": f"width:{metrics[key]}%"} in [a for _, a in page.tags]
+    few = encoders["pretrained"]["few_labels"]["10 %"]["linear"]
+    for accuracy in (encoders["pretrained"]["linear"], encoders["random"]["linear"], encoders["pixels"]["knn"], few):
+        top1, low, high = (accuracy[key] for key in ("top1", "low", "high"))
+        assert f"{top1:.1f} % {low:.1f} to {high:.1f}" in text
+        assert {"class": "bar", "style": f"width:{top1}%"} in [a for _, a in page.tags]
     assert "do not overlap: pretraining, which used no label, made the difference" in text
     assert "chance, 1 of 5 classes: 20.0" in text
     assert page.row("headline", "effective rank") == ["87.65", "9.88"]
@@ -139,20 +153,21 @@ def test_the_headline_says_what_evaluate_measured(project, page):
 @pytest.mark.parametrize(("low", "high", "said"), [(50, 60, "intervals overlap"), (70, 80, "made the features worse")])
 def test_a_bad_result_is_called_one(copy, smoke, low, high, said):
     path = files.REPORTS / "evaluate.json"
-    metrics = files.read_json(path) | {"random_linear_top1_low": low, "random_linear_top1_high": high}
+    metrics = files.read_json(path)
+    metrics["encoders"]["random"]["linear"] |= {"low": low, "high": high}
     files.write_json(path, metrics)
     assert said in render(smoke).text["headline"]
 
 
 def test_without_baselines_the_page_says_so(copy, smoke):
     path = files.REPORTS / "evaluate.json"
-    kept = {key: value for key, value in files.read_json(path).items() if not key.startswith(("random_", "pixels_"))}
-    files.write_json(path, kept)
+    metrics = files.read_json(path)
+    files.write_json(path, metrics | {"encoders": {"pretrained": metrics["encoders"]["pretrained"]}})
     page = render(smoke)
     assert "extract.baselines" in page.text["headline"]
     assert "same network untrained" not in page.text["headline"]
     assert page.row("headline", "effective rank") == ["87.65", ""]
-    assert {key for _, key, _ in page.figures if key.startswith(("random_", "pixels_"))} == set()
+    assert {key for _, key, _ in page.figures if key.startswith(("encoders.random", "encoders.pixels"))} == set()
 
 
 def test_without_labels_the_page_says_so(tmp_path, monkeypatch, smoke):
@@ -185,7 +200,7 @@ def test_curves_and_pretraining_figures(project, page):
     metrics = files.read_json(project / "reports/pretrain.json")
     assert f"{metrics['loss']:.4g} at the end" in page.text["curves"]
     assert "412 images/s" in page.text["training"]
-    assert "47 in the last" in page.text["training"]  # the weights' norm
+    assert "47 at the last" in page.text["training"]  # the weights' norm
     lines = [a["points"].split() for tag, a in page.tags if tag == "polyline"]
     assert sum(len(line) == 14 for line in lines) == len(report.CURVES)
 
@@ -193,8 +208,9 @@ def test_curves_and_pretraining_figures(project, page):
 def test_a_supervised_network_that_is_ahead_is_told_at_once(copy, smoke):
     path = files.REPORTS / "finetune.json"
     for top1, ahead in {50.0: False, 99.0: True}.items():
-        figures = {"supervised_top1": top1, "supervised_top1_low": top1 - 1, "supervised_top1_high": top1 + 1}
-        files.write_json(path, files.read_json(path) | figures)
+        metrics = files.read_json(path)
+        metrics["supervised"]["network"]["accuracy"] = {"top1": top1, "low": top1 - 1, "high": top1 + 1}
+        files.write_json(path, metrics)
         assert (f"supervised network of the same shape is ahead, at {top1}" in render(smoke).text["headline"]) == ahead
 
 
@@ -206,16 +222,16 @@ def test_a_run_of_one_step(tmp_path, monkeypatch, smoke):
     page = render(smoke)
     assert "1 epoch in" in page.text["curves"]
     assert "last step" not in page.text["correlation"]
-    assert "half of the run" not in page.text["correlation"]
+    assert "middle of the run" not in page.text["correlation"]
 
 
-def test_a_class_alone_and_nothing_put_aside(tmp_path, monkeypatch, smoke):
+def test_a_single_class_and_an_empty_quarantine(tmp_path, monkeypatch, smoke):
     monkeypatch.chdir(tmp_path)
     stages.write(classes=["all"])
     stages.table(files.QUARANTINE, ["path", "reason"], [])
     page = render(smoke)
-    assert "Nothing was put aside" in page.text["data"]
-    assert "It made no mistake" in page.text["confusion"]
+    assert "No file was quarantined" in page.text["data"]
+    assert "The probe made no mistake" in page.text["confusion"]
 
 
 def test_the_confusion_matrix_counts_the_predictions(project, page):
@@ -269,9 +285,9 @@ def printed(name):
     return name.replace(HOSTILE, READABLE)
 
 
-def test_data_shows_counts_checks_and_what_was_put_aside(page):
+def test_data_shows_counts_checks_and_the_quarantine(page):
     text = page.text["data"]
-    assert "Of 104 files found, 100 were accepted and 4 put aside" in text
+    assert "Of 104 files found, 100 were accepted and 4 quarantined" in text
     assert page.row("data", "pretrain") == ["10", "20"]
     assert page.row("data", "not decodable")[0] == "3"
     assert page.row("data", "drift") == ["0.2", "0.5"]
@@ -295,7 +311,7 @@ def test_provenance_names_the_files_and_versions(project, page):
     assert "epochs: 2" in text
 
 
-def test_what_was_put_aside_is_shown_where_something_is_to_be_seen(page):
+def test_a_quarantined_file_is_shown_if_something_of_it_can_be_seen(page):
     names = [a["alt"] for tag, a in page.tags if tag == "img" and a["alt"].startswith("What can be seen")]
     assert names == [f"What can be seen of {READABLE}.jpg"]
     assert "not an image" in page.text["data"]
@@ -308,7 +324,7 @@ def test_claims_are_told_with_their_verdict_and_every_run(page):
         assert verdict in text
     assert "0123abcd" in text
     assert "61.2 57.0 to 65.5" in text
-    assert "no run ended" in text
+    assert "all runs failed" in text
     assert text.count("At most 2 points less.") == 3
     assert page.row("claims", "64") == ["63.0", "failed"]
     assert page.row("claims", "128") == ["failed", "–"]

@@ -1,4 +1,5 @@
 import pytest
+import stages
 
 from barlow import summary
 from barlow.core import files
@@ -9,9 +10,13 @@ def test_it_says_where_the_report_lies(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"reports/evaluate.json is missing"):
         summary.run()
-    files.write_json("reports/evaluate.json", {"effective_rank": 31.3})
+    stages.evaluation(["a", "b"], 10, labelled=True)
     files.REPORT.write_text("x")
     summary.run()
     out = capsys.readouterr().out
+    assert "supervised, all labels" in out
+    files.FINETUNING.unlink()
+    summary.run()
+    assert "supervised" not in capsys.readouterr().out
     assert "reports/index.html" in out
     assert "not there" in out  # the encoder

@@ -11,7 +11,7 @@ from PIL import Image
 from barlow import ingest, validate
 from barlow.core import files
 from barlow.core.errors import DataError, UserError
-from barlow.data import expectations, manifest
+from barlow.data import expectations, manifest, validation
 
 
 @pytest.fixture(autouse=True)
@@ -89,17 +89,21 @@ def results():
     accepted = manifest.read(files.ACCEPTED)["path"].to_pylist() if files.ACCEPTED.exists() else None
     with files.QUARANTINE.open(newline="", encoding="utf-8") as file:
         reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
-    return accepted, reasons, files.read_json(validate.SUMMARY)
+    return accepted, reasons, files.read_json(files.VALIDATION)
 
 
 def test_clean_manifest_is_accepted_whole_and_twice_alike(run, capsys):
     accepted, reasons, summary = run(table())
     assert accepted == table().sort_by("path")["path"].to_pylist()
     assert reasons == {}
-    assert (summary["images"], summary["accepted"], summary["quarantined"]) == (200, 200, 0)
-    assert all(summary[key] for key in summary if key.endswith("_success"))
+    assert (summary["images"], summary["accepted"]["total"], summary["quarantined"]) == (
+        200,
+        200,
+        {"total": 0, "by": {}},
+    )
+    assert all(check["success"] for check in summary["checks"].values())
     assert capsys.readouterr().out == "200 images: 200 accepted, 0 in quarantine\n"
-    outputs = [files.ACCEPTED, files.QUARANTINE, validate.SUMMARY]
+    outputs = [files.ACCEPTED, files.QUARANTINE, files.VALIDATION]
     before = [path.read_bytes() for path in outputs]
     run()
     assert [path.read_bytes() for path in outputs] == before
@@ -114,8 +118,10 @@ def test_nasty_folder_every_image_accepted_or_named(nasty, run, smoke, change):
     assert sorted([*accepted, *reasons]) == sorted(refused)
     for path, reason in reasons.items():
         assert any(part in reason for part in refused[path].split("|")), (path, reason)
-    assert summary["accepted"] + summary["quarantined"] == summary["images"] == len(refused)
-    assert sum(summary[key] for key in summary if key.startswith("quarantined_")) == len(reasons)
+    counts = summary["accepted"], summary["quarantined"]
+    assert sum(each["total"] for each in counts) == summary["images"] == len(refused)
+    assert all(each["total"] == sum(each["by"].values()) for each in counts)
+    assert summary["quarantined"]["total"] == len(reasons)
 
 
 def test_what_was_put_aside_can_be_seen(nasty, run, smoke, change, monkeypatch):
@@ -171,15 +177,15 @@ def test_rows_outside_the_bounds_are_put_aside_by_name(run):
         "val/00006.jpg": "bytes 50000001: validate.max_bytes=50000000",
     }
     assert sorted([*accepted, *reasons]) == sorted(bad["path"].to_pylist())
-    assert summary["width_unexpected"] == 2
-    assert summary["width_observed"] == pytest.approx(197 / 199, abs=1e-6)
-    assert summary["decodable_observed"] == pytest.approx(199 / 200, abs=1e-6)
-    assert {key: summary[key] for key in summary if key.startswith("quarantined_")} == {
-        "quarantined_decodable": 1,
-        "quarantined_format": 1,
-        "quarantined_mode": 1,
-        "quarantined_width": 2,
-        "quarantined_bytes": 1,
+    assert summary["checks"]["width"]["unexpected"] == 2
+    assert summary["checks"]["width"]["observed"] == pytest.approx(197 / 199, abs=1e-6)
+    assert summary["checks"]["decodable"]["observed"] == pytest.approx(199 / 200, abs=1e-6)
+    assert summary["quarantined"]["by"] == {
+        "decodable": 1,
+        "format": 1,
+        "mode": 1,
+        "width": 2,
+        "bytes": 1,
     }
 
 
@@ -200,8 +206,8 @@ def test_one_copy_stays_in_test_before_val_before_train_before_pretrain(run):
     }
     digests = manifest.read(files.ACCEPTED)["sha256"].to_pylist()
     assert len(set(digests)) == len(digests)
-    assert summary["distinct_observed"] == pytest.approx(1 - 8 / 200)
-    assert summary["unique_in_split_unexpected"] == 2
+    assert summary["checks"]["distinct"]["observed"] == pytest.approx(1 - 8 / 200)
+    assert summary["checks"]["unique_in_split"]["unexpected"] == 2
 
 
 @pytest.mark.parametrize(
@@ -225,8 +231,8 @@ def test_a_bad_data_set_stops_with_a_table(run, changes, check, figure, capsys):
     accepted, reasons, summary = results()
     assert accepted is None
     assert files.QUARANTINED.is_dir()
-    assert not summary[f"{check}_success"]
-    assert (validate.DOCS / "index.html").exists()
+    assert not summary["checks"][check]["success"]
+    assert (files.DATA_DOCS / "index.html").exists()
     if check == "images_per_class":
         assert all(f"    {split}/emu: 1" in message for split in ("train", "val", "test"))
     else:
@@ -244,7 +250,7 @@ def test_class_missing_from_a_split_counts_as_none(run):
 def test_unlabelled_data_has_no_classes_to_count(run):
     accepted, _, summary = run(table(label=dict.fromkeys(range(200))), min_images_per_class=1000)
     assert len(accepted) == 200
-    assert "images_per_class_success" not in summary
+    assert "images_per_class" not in summary["checks"]
 
 
 def test_nothing_decodes(run):
@@ -260,7 +266,9 @@ def test_changed_schema_stops(run):
     with pytest.raises(DataError) as error:
         run()
     assert "schema" in str(error.value)
-    assert not files.read_json(validate.SUMMARY)["schema_success"]
+    summary = validation.read()
+    assert not summary.checks["schema"].success
+    assert (summary.images, summary.accepted.total, summary.quarantined.total) == (200, 0, 0)
     assert "    mode: " in str(error.value)
     assert "    width: " in str(error.value)
 
@@ -269,9 +277,9 @@ def test_brightness_and_contrast_only_warn(run, capsys):
     accepted, reasons, summary = run(table(brightness={0: 9.5, 1: 250.0}, contrast={2: 1.0}))
     assert len(accepted) == 200
     assert reasons == {}
-    assert not summary["brightness_success"]
-    assert (summary["brightness_unexpected"], summary["contrast_unexpected"]) == (2, 1)
-    assert summary["brightness_severity"] == "warning"
+    assert not summary["checks"]["brightness"]["success"]
+    assert (summary["checks"]["brightness"]["unexpected"], summary["checks"]["contrast"]["unexpected"]) == (2, 1)
+    assert summary["checks"]["brightness"]["severity"] == "warning"
     output = capsys.readouterr().out
     assert "warning: brightness: 0.99 against 1, 2 outside; validate.brightness=[10.0, 245.0]" in output
 
@@ -279,19 +287,22 @@ def test_brightness_and_contrast_only_warn(run, capsys):
 def test_drift_is_against_the_last_accepted_manifest_of_the_source(run, capsys, monkeypatch):
     monkeypatch.setattr(expectations, "write_docs", lambda *arguments: None)  # for speed
     dark = table(brightness=dict.fromkeys(range(200), 50.0))
-    assert "brightness_drift_observed" not in run(table())[2]
+    assert "brightness_drift" not in run(table())[2]["checks"]
     with pytest.raises(DataError):
         run(table(error=dict.fromkeys(range(100), "empty file")))  # not accepted: nothing to compare with
     first = run(dark)[2]
-    assert (first["brightness_drift_observed"], first["contrast_drift_observed"]) == (1, 0)
-    assert (first["brightness_drift_success"], first["brightness_drift_severity"]) == (False, "warning")
+    assert (first["checks"]["brightness_drift"]["observed"], first["checks"]["contrast_drift"]["observed"]) == (1, 0)
+    assert (first["checks"]["brightness_drift"]["success"], first["checks"]["brightness_drift"]["severity"]) == (
+        False,
+        "warning",
+    )
     assert "warning: brightness_drift: 1 against 0.1; validate.max_drift=0.1" in capsys.readouterr().out
     assert run(dark)[2] == first  # the same again, not 0
     half = run(table(brightness=dict.fromkeys(range(100), 50.0)))[2]
-    assert half["brightness_drift_observed"] == pytest.approx(0.5)
-    assert "brightness_drift_observed" not in run(dark, source="others")[2]
+    assert half["checks"]["brightness_drift"]["observed"] == pytest.approx(0.5)
+    assert "brightness_drift" not in run(dark, source="others")[2]["checks"]
     validate.LAST.write_text("{damaged")
-    assert "brightness_drift_observed" not in run(dark)[2]
+    assert "brightness_drift" not in run(dark)[2]["checks"]
 
 
 def test_ks_is_the_two_sample_statistic():

@@ -1,7 +1,7 @@
-"""`barlow claims`: the paper's claims, tested by DVC experiments; writes reports/claims.json, prints a table a claim.
+"""`barlow claims`: test the paper's claims by DVC experiments; write reports/claims.json and print a table per claim.
 
-Which points there are, and by what rule they decide a claim, is in presets/claims/NAME.yaml, written before any run. An
-experiment is named by all that it reads, so that what has run once, for whichever claim, is not run again.
+The points of each claim and the rule that decides it are in presets/claims/NAME.yaml, written before any run. An
+experiment's name is a hash of all its inputs: if two claims share an experiment, it runs once.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from datetime import timedelta
 from typing import Any
 
 from barlow.core import files, provenance
-from barlow.evaluation import intervals
+from barlow.evaluation import figures, intervals
+from barlow.evaluation.figures import Evaluation
 from barlow.experiments import grid, runs
 from barlow.settings.params import Params
 
-CLAIMS = files.REPORTS / "claims.json"
-METRIC = "linear_top1"
-READ = ("src", "params.yaml", "dvc.yaml", "data/source.json", "presets/claims")  # told beside the revision if changed
+READ = ("src", "params.yaml", "dvc.yaml", "data/source.json", "presets/claims")  # the revision tells if they changed
 Interval = tuple[float, float]
 
 
 def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
-    """Run the experiments of some claims, or of all, that have not run yet; write and print what they show.
+    """Run the missing experiments of some claims, or of all; write and print the verdicts.
 
     Raises:
         UserError: no such claim or preset, other data than the preset is for, or DVC cannot run at all.
@@ -41,49 +40,48 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
 
     todo = {
         called(point, seed): grid.overrides(plan, point, seed)
-        for seed in plan.seeds  # all points once before one of them again
+        for seed in plan.seeds  # every point for one seed, then every point for the next
         for claim in chosen
         for point in claim.points
     }
     failed = run_missing(todo, jobs)
     done = {name: reference for name, reference in runs.finished().items() if name in todo}
-    results = {name: runs.read(done[name], files.REPORTS / "evaluate.json") for name in done}
-    seconds = sum(runs.read(done[name], files.REPORTS / "pretrain.json")["seconds"] for name in done)
+    results = {name: evaluation(name, reference) for name, reference in done.items()}
+    seconds = sum(runs.read(reference, files.PRETRAINING)["seconds"] for reference in done.values())
     revision = provenance.revision(READ)
     base = called(grid.Point("", {}), plan.seeds[0])
 
-    told = {}
+    judged = {}
     for claim in chosen:
         points = []
         for point in claim.points:
             outcomes = [outcome(seed, called(point, seed), results, failed) for seed in plan.seeds]
-            images = next((result["test_images"] for result in results.values()), 0)
+            images = next((result.images.test for result in results.values()), 0)
             is_base = called(point, plan.seeds[0]) == base
             points.append({"label": point.label, "base": is_base, "params": point.params} | measure(outcomes, images))
-        told[claim.name] = judge(claim, points) | {"revision": revision}
-        print(table(told[claim.name]), end="\n\n", flush=True)
-    previous = files.read_json(CLAIMS) if CLAIMS.exists() else {}
+        judged[claim.name] = judge(claim, points) | {"revision": revision}
+        print(table(judged[claim.name]), end="\n\n", flush=True)
+    previous = files.read_json(files.CLAIMS) if files.CLAIMS.exists() else {}
     others = {claim["name"]: claim for claim in previous["claims"]} if previous.get("preset") == preset else {}
-    told = others | told
+    judged = others | judged
     files.write_json(
-        CLAIMS,
+        files.CLAIMS,
         {
             "preset": preset,
             "revision": revision,
             "hardware": provenance.hardware(),
             "seconds": seconds,  # of pretraining, in all experiments of this call
             "seeds": plan.seeds,
-            "metric": METRIC,
             "data": plan.data,
-            "claims": [told[claim.name] for claim in plan.claims if claim.name in told],
+            "claims": [judged[claim.name] for claim in plan.claims if claim.name in judged],
         },
     )
 
 
 def run_missing(todo: Mapping[str, Mapping[str, Any]], jobs: int) -> dict[str, str]:
-    """Run the experiments that there is no result of, telling how it goes; return those that failed, and why."""
-    there = runs.finished()
-    missing = {name: values for name, values in todo.items() if name not in there}
+    """Run the experiments without a result and print the progress; return why each failed one failed, by name."""
+    finished = runs.finished()
+    missing = {name: values for name, values in todo.items() if name not in finished}
     print(f"{len(todo)} experiments, {len(missing)} of them to run", flush=True)
     failed, started = {}, time.monotonic()
     for ended, (name, reason) in enumerate(runs.run(missing, jobs), 1):
@@ -94,30 +92,36 @@ def run_missing(todo: Mapping[str, Mapping[str, Any]], jobs: int) -> dict[str, s
     return failed
 
 
-def outcome(
-    seed: int, name: str, results: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return what became of an experiment."""
+def evaluation(name: str, reference: str) -> Evaluation:
+    """Read the reports/evaluate.json of a finished experiment."""
+    return figures.build(Evaluation, runs.read(reference, files.EVALUATION), f"{files.EVALUATION} of {name}")
+
+
+def outcome(seed: int, name: str, results: Mapping[str, Evaluation], failed: Mapping[str, str]) -> dict[str, Any]:
+    """Return an experiment's top-1 accuracy, or why it has none."""
     if name not in results:
         return {"seed": seed, "failed": failed[name]}
-    if METRIC not in results[name]:
-        return {"seed": seed, "failed": f"no {METRIC}: there are no labels in each of train, val and test"}
-    return {"seed": seed, METRIC: results[name][METRIC], "experiment": name}
+    linear = results[name].encoders["pretrained"].linear
+    if not linear:
+        return {"seed": seed, "failed": "no accuracy: train, val or test has no labels"}
+    return {"seed": seed, "top1": linear.top1, "experiment": name}
 
 
 def measure(runs: list[dict[str, Any]], images: int) -> dict[str, Any]:
-    """Return a point's mean and 95 % interval over the runs that did not fail; None where all did."""
-    percents = [each[METRIC] for each in runs if METRIC in each]
+    """Return a point's mean and 95 % interval over the runs that did not fail; None if all failed."""
+    percents = [each["top1"] for each in runs if "top1" in each]
     if not percents:
         return {"mean": None, "low": None, "high": None, "runs": runs}
-    low, high = intervals.mean_interval(percents, images) if len(percents) > 1 else (0.0, 100.0)  # no spread is known
+    low, high = 0.0, 100.0  # one run does not tell the spread
+    if len(percents) > 1:
+        low, high = intervals.mean_interval(percents, images)
     return {"mean": statistics.fmean(percents), "low": low, "high": high, "runs": runs}
 
 
 def difference(point: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, Interval]:
-    """Return point - other and its 95 % interval, from the two means' (Zou and Donner, Stat. Med. 27, 2008).
+    """Return point - other and its 95 % interval from those of the two means (Zou and Donner, Stat. Med. 27, 2008).
 
-    A point of which every run failed is below any other.
+    A point whose runs all failed is below any other.
     """
     if point["mean"] is None or other["mean"] is None:
         worst = -math.inf if other["mean"] is not None else math.nan
@@ -129,7 +133,7 @@ def difference(point: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[floa
 
 
 def verdict(rule: grid.Rule, intervals: list[Interval]) -> str:
-    """Decide: shown, if all differences are on the rule's side of its bound; contradicted, if one is on the other."""
+    """Decide: shown if all differences are on the rule's side of its bound; contradicted if one is beyond."""
     sign = 1 if rule.difference == "above" else -1
     ends = [sorted((sign * (low - rule.points), sign * (high - rule.points))) for low, high in intervals]
     if any(high < 0 for _, high in ends):
@@ -138,7 +142,7 @@ def verdict(rule: grid.Rule, intervals: list[Interval]) -> str:
 
 
 def judge(claim: grid.Claim, points: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a claim as reports/claims.json has it."""
+    """Decide a claim and return its entry in reports/claims.json."""
     by_label = {point["label"]: point for point in points}
     intervals, parts = [], []
     for label in claim.rule.compare:
@@ -165,7 +169,7 @@ def table(claim: Mapping[str, Any]) -> str:
     lines = [f"### {claim['title']}: {claim['verdict']}", "", claim["claim"], "", f"Rule: {claim['rule']}", ""]
     lines += [f"| {claim['x_label']} | linear probe, mean | 95 % | runs |", "|---|---|---|---|"]
     for point in claim["points"]:
-        runs = ", ".join(f"{each[METRIC]:.1f}" if METRIC in each else "failed" for each in point["runs"])
+        runs = ", ".join(f"{each['top1']:.1f}" if "top1" in each else "failed" for each in point["runs"])
         mean, interval = "", ""
         if point["mean"] is not None:
             mean, interval = f"{point['mean']:.1f}", f"{point['low']:.1f} to {point['high']:.1f}"

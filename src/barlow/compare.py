@@ -1,6 +1,6 @@
-"""`barlow compare REV`: the run in this folder beside that of a git revision or DVC experiment.
+"""`barlow compare REV`: show the run in this folder beside that of a git revision or DVC experiment.
 
-Reads params.yaml, reports/*.json and the curves in reports/pretrain/ of both. Writes reports/compare.html.
+Reads params.yaml, reports/*.json and the curves in reports/pretrain/ of both runs. Writes reports/compare.html.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from __future__ import annotations
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dvc.api
 import yaml
 
 from barlow.core import files, provenance
 from barlow.core.errors import UserError
+from barlow.evaluation.figures import leaves
 from barlow.experiments import runs
 from barlow.reporting import charts, pages
 from barlow.settings.params import PARAMS
 
 PAGE = files.REPORTS / "compare.html"
-INTERVAL = ("low", "high")
-OF_MANY_RUNS = {"claims", "seeds"}  # JSON files that tell of more than the one run
+OF_MANY_RUNS = {"claims", "seeds"}  # JSON files about more than one run
 
 
 def run(revision: str) -> None:
@@ -63,52 +63,62 @@ def resolve(name: str) -> str:
     for reference in (name, runs.finished().get(name, "")):
         with suppress(subprocess.CalledProcessError):
             return provenance.git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}")
-    raise UserError(f"{name} is no git revision and no DVC experiment; `git log` and `dvc exp show` list them")
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by their dotted names; a list is a leaf."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: leaf for name, part in value.items() for key, leaf in flat(part, f"{prefix}.{name}".lstrip(".")).items()
-    }
+    raise UserError(f"{name} is neither a git revision nor a DVC experiment; `git log` and `dvc exp show` list them")
 
 
 def differing(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    """Return (name, old, new) of every param that differs; None where there is none."""
-    before, after = flat(old), flat(new)
+    """Return (name, old, new) of every param that differs; None for a param that one of them lacks."""
+    before, after = leaves(old), leaves(new)
     pairs = [(key, before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after])]
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
-def rows(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return each figure of either run with both values and, for numbers, the difference; intervals go with theirs."""
-    found = []
-    for key in sorted({*old, *new}):
-        base, _, end = key.rpartition("_")
-        if end in INTERVAL and base in {*old, *new}:
+class Figure(NamedTuple):
+    """A leaf of nested metrics, with its 95 % interval if it has one."""
+
+    value: Any
+    interval: tuple[float, float] | None
+
+
+def measured(value: Any, name: str = "") -> dict[str, Figure]:
+    """Return each figure of nested metrics by its dotted name; `low` and `high` beside a `top1` are its interval."""
+    if not isinstance(value, dict):
+        return {name: Figure(value, None)}
+    interval = (value["low"], value["high"]) if {"top1", "low", "high"} <= value.keys() else None
+    everything: dict[str, Figure] = {}
+    for key, part in value.items():
+        if interval and key in ("top1", "low", "high"):
             continue
-        sides: list[tuple[Any, Any]] = [(run.get(key), _interval(run, key)) for run in (old, new)]
-        (a, first), (b, second) = sides
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (a, b))
-        overlap = first[0] <= second[1] and second[0] <= first[1] if first and second else None
-        difference = b - a if numbers else None
-        found.append({"key": key, "sides": sides, "difference": difference, "overlap": overlap, "changed": a != b})
-    return found
+        everything |= measured(part, f"{name}.{key}".lstrip("."))
+    return everything | ({f"{name}.top1".lstrip("."): Figure(value["top1"], interval)} if interval else {})
 
 
-def _interval(run: dict[str, Any], key: str) -> list[float] | None:
-    return [run[f"{key}_{end}"] for end in INTERVAL] if all(f"{key}_{end}" in run for end in INTERVAL) else None
+def rows(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return every figure of either run: both values, whether they differ and, for numbers, the difference.
+
+    `overlap` says whether the two 95 % intervals do; None unless both runs have one.
+    """
+    before, after = measured(old), measured(new)
+    table = []
+    for key in sorted({*before, *after}):
+        a, b = (figures.get(key, Figure(None, None)) for figures in (before, after))
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (a.value, b.value))
+        overlap = None
+        if a.interval and b.interval:
+            overlap = a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]
+        difference = b.value - a.value if numbers else None
+        changed = a.value != b.value
+        table.append({"key": key, "sides": [a, b], "difference": difference, "overlap": overlap, "changed": changed})
+    return table
 
 
 def overlaid(commit: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the curves of a commit and of this folder, laid out by name, and the names of those that one lacks."""
+    """Return the curves of a commit and of this folder, laid out by name, and the names of those that one run lacks."""
     drawn, missing = {}, []
     for path in sorted(pages.CURVES.glob("*.tsv")):
         try:
             text = dvc.api.read(str(path), rev=commit)
-        except Exception:  # not in the cache, or not yet logged then; DVC raises whatever its storage does
+        except Exception:  # not in the cache, or not logged at that commit; DVC raises whatever its storage raises
             missing.append(path.stem)
             continue
         both = [pages.curve(text), pages.curve(path.read_text())]

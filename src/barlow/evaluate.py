@@ -1,14 +1,15 @@
-"""`barlow evaluate`: what the frozen features are worth, against those of a random network and against pixels.
+"""`barlow evaluate`: measure the frozen features, against a random network's and against pixels.
 
 Reads data/features. Writes reports/evaluate.json, reports/few_labels.csv, reports/confusion.csv and
-models/head.safetensors (the linear probe, which `export` puts into the ONNX file). The protocol, and what it does not
-show, is in docs/evaluation.md. Without labels only the health figures remain.
+models/head.safetensors (the linear probe, which `export` puts into the ONNX file). docs/evaluation.md has the protocol
+and its limits. Without labels, only the health of the features is measured.
 """
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,89 +20,108 @@ from barlow.core import files, webdataset
 from barlow.core.weights import save_weights
 from barlow.evaluation import features, intervals, probe, tables
 from barlow.evaluation.features import Split
+from barlow.evaluation.figures import Budget, Evaluation, FewLabels, Health, Images, Scores, write
 from barlow.settings.params import Evaluate, Params
 from barlow.training import health
 
-PREFIXES = {"random": "random_", "pixels": "pixels_", "pretrained": ""}  # of the figures' names; what is kept is last's
+SPLITS = ("train", "val", "test")
+BASELINES = ("random", "pixels")
+Labelled = tuple[Tensor, Tensor]  # features (n, dim), labels (n,)
 
 
-class Scores(NamedTuple):
-    """What the labelled splits say of an encoder; empty where one of them has no labels."""
+class Draw(NamedTuple):
+    """A linear probe fitted on one draw of labelled images: one row of reports/few_labels.csv."""
 
-    metrics: dict[str, float]
+    budget: str
+    images: int
+    draw: int
+    top1: float  # percent
+
+
+class Result(NamedTuple):
+    """One encoder's scores, and what was fitted and predicted for them; empty if a split has no labels."""
+
+    scores: Scores  # without health
     head: dict[str, Tensor]  # weight (classes, dim) and bias (classes,) of the linear probe
     predictions: Tensor  # int64 (test images,), the linear probe's
-    draws: list[tuple[str, int, int, float]]  # setting, labelled images, number of the draw, top-1 in percent
+    draws: list[Draw]
 
 
 def run(params: Params) -> None:
-    """Evaluate the three kinds of features, write the figures and print them as a table.
+    """Evaluate each encoder, write the metrics and print them as a table.
 
     Raises:
         UserError: `extract` has not run.
     """
-    p, classes = params.evaluate, webdataset.classes()
-    metrics: dict[str, float] = {"classes": len(classes)}
-    draws = []
-    prefixes = PREFIXES if params.extract.baselines else {"pretrained": ""}
-    for encoder, prefix in prefixes.items():
-        splits = {name: features.load(encoder, name) for name in ("train", "val", "test")}
-        scores = score(splits, len(classes), p)
-        figures = scores.metrics | (health_of(encoder) if encoder != "pixels" else {})
-        metrics |= {prefix + name: value for name, value in figures.items()}
-        draws += [(encoder, *draw) for draw in scores.draws]
-    labelled = {name: int((split.labels >= 0).sum()) for name, split in splits.items()}
-    metrics |= {f"{name}_images": count for name, count in labelled.items()}
-    metrics |= {f"{setting}_images": count for _, setting, count, *_ in draws}
+    classes, results = webdataset.classes(), {}
+    labels = {name: features.load("pretrained", name).labels for name in SPLITS}
+    for encoder in ("pretrained", *(BASELINES if params.extract.baselines else ())):
+        splits = {name: features.load(encoder, name) for name in SPLITS}
+        results[encoder] = score(splits, len(classes), params.evaluate)
+    evaluation = Evaluation(
+        len(classes),
+        Images(**{name: int((each >= 0).sum()) for name, each in labels.items()}),
+        {name: replace(result.scores, health=measure_health(name)) for name, result in results.items()},
+    )
+    write(files.EVALUATION, evaluation)
 
-    save_weights(files.HEAD, scores.head, {"classes": classes if scores.head else []})
-    write_csv(files.FEW_LABELS, ("encoder", "setting", "images", "draw", "top1"), draws)
-    pairs = zip(splits["test"].labels.tolist(), scores.predictions.tolist(), strict=False)  # nothing predicted, no pair
+    pretrained = results["pretrained"]
+    save_weights(files.HEAD, pretrained.head, {"classes": classes if pretrained.head else []})
+    draws = [(encoder, *draw) for encoder, result in results.items() for draw in result.draws]
+    write_csv(files.FEW_LABELS, ("encoder", *Draw._fields), draws)
+    pairs = zip(labels["test"].tolist(), pretrained.predictions.tolist(), strict=False)  # nothing predicted, no pair
     write_csv(files.CONFUSION, ("actual", "predicted"), ([classes[i] for i in pair] for pair in pairs))
-    files.write_json(files.REPORTS / "evaluate.json", metrics)
-    print(tables.table(metrics))
+    print(tables.table(evaluation, None))
 
 
-def score(splits: dict[str, Split], classes: int, p: Evaluate) -> Scores:
+def score(splits: dict[str, Split], classes: int, p: Evaluate) -> Result:
     """Fit the probes and kNN on train, choose on val, and read test once each."""
     if not all((split.labels >= 0).any() for split in splits.values()):
-        return Scores({}, {}, torch.zeros(0, dtype=torch.long), [])
+        return Result(Scores(None, None, None, {}, None), {}, torch.zeros(0, dtype=torch.long), [])
     train, val, test = ((split.features.float(), split.labels) for split in splits.values())
     predicted = probe.predict(train, val, test[0], classes, p.probe_l2, p.knn_k, p.knn_temperature)
-    metrics = {"linear_l2": predicted.l2}
-    for name, predictions in {"linear": predicted.linear, "knn": predicted.knn}.items():
-        metrics |= intervals.figure(f"{name}_top1", [probe.accuracy(predictions, test[1])], len(test[1]))
-    draws = []
-    for name, each in settings(p).items():
-        top1 = []
-        for draw in range(p.draws):
-            chosen = probe.draw_labels(train[1], each, [p.seed, draw])
-            few = (train[0][chosen], train[1][chosen])
-            weight, bias, _ = probe.choose_linear(few, val, classes, p.probe_l2, unlabelled=train[0])
-            top1.append(probe.accuracy((test[0] @ weight.T + bias).argmax(1), test[1]))
-            draws.append((name, len(chosen), draw, top1[-1]))
-        if top1:
-            metrics |= intervals.figure(f"{name}_top1", top1, len(test[1]))
-    return Scores(metrics, {"weight": predicted.weight, "bias": predicted.bias}, predicted.linear, draws)
+    linear, knn = (
+        intervals.mean_accuracy([probe.accuracy(predictions, test[1])], len(test[1]))
+        for predictions in (predicted.linear, predicted.knn)
+    )
+    few_labels, draws = {}, list[Draw]()
+    for budget in budgets(p) if p.draws else ():
+        fitted = [few_label_probe(train, val, test, classes, p, budget, draw) for draw in range(p.draws)]
+        top1 = intervals.mean_accuracy([draw.top1 for draw in fitted], len(test[1]))
+        few_labels[str(budget)] = FewLabels(budget, fitted[0].images, top1)
+        draws += fitted
+    head = {"weight": predicted.weight, "bias": predicted.bias}
+    return Result(Scores(linear, knn, predicted.l2, few_labels, None), head, predicted.linear, draws)
 
 
-def settings(p: Evaluate) -> dict[str, int | float]:
-    """Return how many labels the few-label probes get, by their names: a number a class, or a share of all."""
-    each = {f"labels_{count}": count for count in p.labels_per_class}
-    return each | {f"share_{100 * share:g}": share for share in p.label_shares}
+def few_label_probe(
+    train: Labelled, val: Labelled, test: Labelled, classes: int, p: Evaluate, budget: Budget, draw: int
+) -> Draw:
+    """Fit a linear probe on one draw of labelled images; every image of train serves its standardisation."""
+    chosen = probe.draw_labels(train[1], budget.each, [p.seed, draw])
+    few = (train[0][chosen], train[1][chosen])
+    weight, bias, _ = probe.choose_linear(few, val, classes, p.probe_l2, unlabelled=train[0])
+    return Draw(str(budget), len(chosen), draw, probe.accuracy((test[0] @ weight.T + bias).argmax(1), test[1]))
 
 
-def health_of(encoder: str) -> dict[str, float]:
-    """Return what needs no label."""
+def budgets(p: Evaluate) -> list[Budget]:
+    """Return the label budgets of the few-label probes."""
+    return [Budget(count, None) for count in p.labels_per_class] + [Budget(None, share) for share in p.label_shares]
+
+
+def measure_health(encoder: str) -> Health | None:
+    """Measure what needs no labels of an encoder's features; pixels have no health."""
+    if encoder == "pixels":
+        return None
     whole, view_a, view_b = (features.load(encoder, name).features for name in ("health", "view_a", "view_b"))
-    return {
-        "health_images": len(whole),
-        "effective_rank": health.effective_rank(whole),
-        "feature_std": health.spread(whole),
-        "feature_correlation": health.rms_correlation(whole),
-        "alignment": health.alignment(view_a, view_b),
-        "uniformity": health.uniformity(whole),
-    }
+    return Health(
+        images=len(whole),
+        effective_rank=health.effective_rank(whole),
+        std=health.spread(whole),
+        correlation=health.rms_correlation(whole),
+        alignment=health.alignment(view_a, view_b),
+        uniformity=health.uniformity(whole),
+    )
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

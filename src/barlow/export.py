@@ -1,8 +1,9 @@
 """`barlow export`: write the encoder as ONNX, and only if it agrees with torch.
 
 Reads models/encoder.safetensors, models/head.safetensors and images of data/shards (the val split's first).
-Writes models/encoder.onnx, which stays as it was if the new one disagrees; models/reduced/{int8,fp16}.onnx, each only
-if it is as accurate; models/triton, a model repository of Triton; and reports/export.json.
+Writes models/encoder.onnx; if the new file disagrees with torch, the old one stays. Writes
+models/reduced/{int8,fp16}.onnx, each only if it is accurate enough. Writes models/triton, a model repository of Triton,
+and reports/export.json.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from barlow.core.errors import UserError
 from barlow.core.weights import load_weights
 from barlow.encoder import quantize, triton
 from barlow.encoder.encoder import Encoder, Pixels, Vectors, batches
+from barlow.evaluation import figures
 from barlow.evaluation.exported import accuracy
+from barlow.evaluation.figures import Exporting, Parity, Precision, Speed, Top1
 from barlow.settings.params import Evaluate, Export, Params
 from barlow.training import model
 
@@ -70,55 +73,56 @@ def run(params: Params) -> None:
     with files.replacing(files.ONNX) as temporary:
         write(network, _metadata(encoder, trained, head_metadata["classes"]), params.export.opset, temporary)
         exported = Encoder(temporary)
-        figures = parity(exported, network, pictures)
-        if figures["parity_cosine_min"] < params.export.min_cosine or figures["predictions_equal"] is False:
+        agreement = parity(exported, network, pictures)
+        if agreement.cosine_min < params.export.min_cosine or agreement.predictions_equal is False:
             raise RuntimeError(
                 f"the exported encoder differs from torch, so {files.ONNX} stays as it was: smallest cosine "
-                f"{figures['parity_cosine_min']} (export.min_cosine={params.export.min_cosine}), largest difference "
-                f"{figures['parity_max_abs_diff']}, predictions equal: {figures['predictions_equal']}"
+                f"{agreement.cosine_min} (export.min_cosine={params.export.min_cosine}), largest difference "
+                f"{agreement.max_abs_diff}, predictions equal: {agreement.predictions_equal}"
             )
-        figures |= speed(exported, _resize(pictures, encoder.size, encoder.size))
-        figures |= {"bytes": temporary.stat().st_size, "dim": exported.dim}
-    figures["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+        pace = speed(exported, _resize(pictures, encoder.size, encoder.size))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     triton.write(files.ONNX, files.TRITON)
-    figures |= reduce(files.ONNX, files.REDUCED, params.export, params.evaluate)
-    files.write_json(files.REPORTS / "export.json", figures)
+    precision = reduce(files.ONNX, files.REDUCED, params.export, params.evaluate)
+    figures.write(files.EXPORTING, Exporting(agreement, pace, precision, exported.dim, parameters))
     print(
-        f"{files.ONNX}: smallest cosine to torch {figures['parity_cosine_min']}, "
-        f"{figures['latency_ms']} ms an image alone, {figures['images_per_second']} images/s in batches"
+        f"{files.ONNX}: smallest cosine to torch {agreement.cosine_min}, "
+        f"{pace.latency_ms} ms for one image, {pace.images_per_second} images/s in batches"
     )
 
 
-def reduce(source: Path, folder: Path, p: Export, evaluate: Evaluate) -> dict[str, Any]:
-    """Write `folder`/int8.onnx and fp16.onnx, each unless it is less accurate than `source`; return the figures.
+def reduce(source: Path, folder: Path, p: Export, evaluate: Evaluate) -> dict[str, Precision]:
+    """Write `folder`/int8.onnx and fp16.onnx, each unless it is less accurate than `source`; return all three.
 
-    Without labels nothing can be measured, and neither is written. A file of before that fails now is removed.
+    Without labels no accuracy can be measured, and neither is written. If a file fails now, its old version is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     full = accuracy(Encoder(source), evaluate)
-    figures: dict[str, Any] = (
-        {f"float32_{name}": round(value, 6) for name, value in full._asdict().items()} if full else {}
-    )
+    precisions = {"float32": Precision(full and _rounded(full), source.stat().st_size, True)}
     for name, make in {"int8": quantize.int8, "fp16": quantize.fp16}.items():
         target, reason = folder / f"{name}.onnx", "there are no labels to measure its accuracy with"
+        precisions[name] = Precision(None, None, False)
         if full:
             with tempfile.TemporaryDirectory() as temporary:
                 made = Path(temporary) / target.name
                 make(source, made, p.calibration_images)
-                found = accuracy(Encoder(made), evaluate)
-                assert found
-                figures |= {f"{name}_{key}": round(value, 6) for key, value in found._asdict().items()}
-                figures[f"{name}_bytes"] = made.stat().st_size
-                lost = max(full.linear_top1 - found.linear_top1, full.knn_top1 - found.knn_top1)
+                top1 = accuracy(Encoder(made), evaluate)
+                assert top1
+                lost = max(full.linear - top1.linear, full.knn - top1.knn)
                 reason = f"it loses {lost:.2f} points, export.max_accuracy_loss={p.max_accuracy_loss:g}"
-                if lost <= p.max_accuracy_loss:
+                fine = lost <= p.max_accuracy_loss
+                precisions[name] = Precision(_rounded(top1), made.stat().st_size, fine)
+                if fine:
                     with files.replacing(target) as whole:
                         shutil.copyfile(made, whole)
-        figures[f"{name}_written"] = full is not None and lost <= p.max_accuracy_loss
-        if not figures[f"{name}_written"]:
+        if not precisions[name].written:
             target.unlink(missing_ok=True)
             print(f"{target} is not written: {reason}")
-    return figures
+    return precisions
+
+
+def _rounded(top1: Top1) -> Top1:
+    return Top1(round(top1.linear, 6), round(top1.knn, 6))
 
 
 def write(network: Exported, metadata: dict[str, str], opset: int, path: Path) -> None:
@@ -136,7 +140,7 @@ def write(network: Exported, metadata: dict[str, str], opset: int, path: Path) -
     )
     assert program is not None
     proto = program.model_proto
-    # torch notes its graph and the source lines, with their paths on this machine, in an order that changes
+    # torch adds its graph and source lines, with paths of this machine, in an order that changes between runs
     for part in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
         part.ClearField("metadata_props")
     proto.graph.ClearField("value_info")
@@ -145,10 +149,10 @@ def write(network: Exported, metadata: dict[str, str], opset: int, path: Path) -
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def parity(exported: Encoder, network: Exported, pictures: Sequence[Pixels]) -> dict[str, Any]:
+def parity(exported: Encoder, network: Exported, pictures: Sequence[Pixels]) -> Parity:
     """Compare onnxruntime at batches of 1, 2 and 7 with torch at its own.
 
-    The pictures come as they are and, so that each batch size is met whatever their sizes, resized to one odd size.
+    The pictures are compared as they are and resized to one odd size: pictures of different sizes never share a batch.
     """
     cosines, differences, equal = [], [], []
     side = network.encoder.size
@@ -156,33 +160,33 @@ def parity(exported: Encoder, network: Exported, pictures: Sequence[Pixels]) -> 
         wanted, *wanted_logits = _in_torch(network, variant)
         for batch_size in (1, 2, ODD_BATCH):
             results = list(exported.run(variant, batch_size))
-            found = np.concatenate([embeddings for embeddings, _ in results])
-            cosines += _cosine(wanted, found)
-            differences.append(np.abs(wanted - found).max())
+            embeddings = np.concatenate([embedding for embedding, _ in results])
+            cosines += _cosine(wanted, embeddings)
+            differences.append(np.abs(wanted - embeddings).max())
             for logits in wanted_logits:
-                found_logits = np.concatenate([values for _, values in results])
-                equal.append(bool((logits.argmax(1) == found_logits.argmax(1)).all()))
-    return {
-        "parity_cosine_min": round(min(cosines), 9),
-        "parity_max_abs_diff": float(f"{np.max(differences):.2g}"),
-        "parity_images": len(pictures),
-        "predictions_equal": all(equal) if equal else None,
-    }
+                exported_logits = np.concatenate([values for _, values in results])
+                equal.append(bool((logits.argmax(1) == exported_logits.argmax(1)).all()))
+    return Parity(
+        cosine_min=round(min(cosines), 9),
+        max_abs_diff=float(f"{np.max(differences):.2g}"),
+        images=len(pictures),
+        predictions_equal=all(equal) if equal else None,
+    )
 
 
 def _in_torch(network: Exported, pictures: Sequence[Pixels]) -> list[Vectors]:
-    """Return torch's outputs, a row a picture; neighbours of one size make a batch."""
+    """Return torch's outputs, one row per picture; neighbours of the same size share a batch."""
     parts = []
     for _, alike in itertools.groupby(pictures, key=np.shape):
         parts += [network(torch.from_numpy(np.stack(batch))) for batch in batches(alike, 64)]
     return [torch.cat(output).numpy() for output in zip(*parts, strict=True)]
 
 
-def speed(exported: Encoder, pictures: Sequence[Pixels]) -> dict[str, Any]:
-    """Time onnxruntime on pictures (all of one size): the median latency of one, and the throughput in a batch."""
+def speed(exported: Encoder, pictures: Sequence[Pixels]) -> Speed:
+    """Time onnxruntime on pictures of one size: the median latency of a single one, and the throughput of a batch."""
     one = _median_seconds(lambda: exported.embed(pictures[:1]), runs=51)
     many = _median_seconds(lambda: exported.embed(pictures, batch_size=len(pictures)), runs=5)
-    return {"latency_ms": round(1000 * one, 3), "images_per_second": round(len(pictures) / many, 1)}
+    return Speed(latency_ms=round(1000 * one, 3), images_per_second=round(len(pictures) / many, 1))
 
 
 def _median_seconds(call: Callable[[], object], runs: int) -> float:
@@ -191,12 +195,12 @@ def _median_seconds(call: Callable[[], object], runs: int) -> float:
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])  # the first one allocates
+    return statistics.median(seconds[1:])  # the first run allocates
 
 
 def _cosine(a: Vectors, b: Vectors) -> list[float]:
     """Return the cosine between the rows of (n, dim) and (n, dim); 1 where both are 0."""
-    a64, b64 = a.astype(np.float64), b.astype(np.float64)  # float32 sums are off by more than the two differ
+    a64, b64 = a.astype(np.float64), b.astype(np.float64)  # float32 sums err by more than the two differ
     dot, norms = (a64 * b64).sum(1), np.linalg.norm(a64, axis=1) * np.linalg.norm(b64, axis=1)
     cosines: list[float] = np.where(norms > 0, dot / np.where(norms > 0, norms, 1), (a == b).all(1)).tolist()
     return cosines
@@ -216,13 +220,13 @@ def _pictures(count: int) -> list[Pixels]:
 
 
 def _metadata(encoder: model.FrozenEncoder, trained: dict[str, Any], classes: list[str]) -> dict[str, str]:
-    """Return what the file says of itself; ONNX keeps texts only, so `classes` is JSON."""
+    """Return the metadata of the ONNX file; ONNX keeps strings only, so `classes` is JSON."""
     recipe = json.dumps([trained[section] for section in ("model", "views", "pretrain")], sort_keys=True)
     return {
         "version": __version__,
         **({"git_revision": commit} if (commit := provenance.commit()) else {}),
         "data_hash": trained["data"],
-        "params_hash": hashlib.sha256(recipe.encode()).hexdigest(),  # of the sections that made the weights
+        "params_hash": hashlib.sha256(recipe.encode()).hexdigest(),  # the sections that decide the weights
         "image_size": str(encoder.size),
         "dim": str(encoder.backbone.dim),
         "classes": json.dumps(classes, ensure_ascii=False),
@@ -231,7 +235,7 @@ def _metadata(encoder: model.FrozenEncoder, trained: dict[str, Any], classes: li
 
 
 def embedding_space(encoder: model.FrozenEncoder) -> str:
-    """Return 16 hex digits that differ wherever embeddings cannot be compared: a hash of weights and preprocessing."""
+    """Return 16 hex digits of a hash of weights and preprocessing: embeddings compare only within one space."""
     digest = hashlib.sha256(str(encoder.size).encode())
     for name, tensor in (*sorted(encoder.state_dict().items()), ("mean", encoder.mean), ("std", encoder.std)):
         digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())

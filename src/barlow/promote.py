@@ -1,11 +1,11 @@
-"""`barlow promote`: put models/encoder.onnx into production, if the gate lets it.
+"""`barlow promote`: put models/encoder.onnx into production if it passes the gate.
 
 Reads models/encoder.onnx, data/shards, data/features, reports/{validate,pretrain,evaluate,export}.json
 and the registry. Writes models/decision.json and, in the registry, a new version, the link to it, and the log.
 
-promoted: every check holds, or there is no version yet and those that need none hold. unchanged: this very file is
-in production. refused (exit code 4): a check fails, a figure is missing or not a number, the list of classes changed,
-the version in production is damaged, or this encoder was rolled back before.
+promoted: every check holds; the first version is not compared with another. unchanged: this very file is in
+production. refused (exit code 4): a check fails, a metric is missing or not a finite number, the list of classes
+changed, the version in production is damaged, or this encoder was rolled back before.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from typing import Any
 import numpy as np
 
 from barlow.core import files
-from barlow.core.errors import GateError
+from barlow.core.errors import GateError, UserError
+from barlow.data.validation import Validation
 from barlow.encoder.encoder import Encoder
 from barlow.encoder.registry import Registry, Version, now
-from barlow.evaluation import tables
+from barlow.evaluation import figures, tables
+from barlow.evaluation.figures import Candidate, Evaluation, Exporting
 from barlow.production import tags
 from barlow.settings.params import Params
 
-METRICS = ("validate", "pretrain", "evaluate", "export")  # reports/NAME.json, which a version's card keeps
+METRICS = ("validate", "pretrain", "evaluate", "export")  # a version's card keeps reports/NAME.json of these stages
 
 
 def run(params: Params, check: bool = False) -> None:
-    """Decide and, if the gate says so, promote; `check` only looks whether that could work.
+    """Decide and, if the gate says so, promote; with `check`, only see whether a promotion could work.
 
     Raises:
         UserError: there is no encoder, code or settings are not committed, or the registry cannot be written.
-        GateError: the gate does not let it through.
+        GateError: the encoder does not pass the gate.
         Interrupted: another process is promoting.
     """
     registry = Registry(params.promote.registry)
@@ -64,7 +66,7 @@ def run(params: Params, check: bool = False) -> None:
 
 
 def decide(params: Params, registry: Registry, champion: Version | None) -> dict[str, Any]:
-    """Return the decision, with all that was measured for it; changes nothing."""
+    """Return the decision with its measurements; change nothing."""
     from barlow.production import gate  # torch takes seconds, which `check` need not wait for
 
     sha256 = files.sha256(files.ONNX)
@@ -84,18 +86,18 @@ def decide(params: Params, registry: Registry, champion: Version | None) -> dict
     if champion and champion.card["sha256"] == sha256:
         return outcome("unchanged", f"this very encoder is {champion.name}")
     try:
-        _finite(metrics())
-        found = gate.read(challenger, params)
-        figures = found.figures()
-        decision["figures"] = {"challenger": figures}
-        checks = [*gate.alone(found.test, figures, files.ONNX.stat().st_size, params)]
+        _complete(metrics())
+        measured = gate.measure(challenger, params)
+        candidate = measured.candidate()
+        decision["figures"] = {"challenger": asdict(candidate)}
+        checks = [*gate.alone(measured.test, candidate, files.ONNX.stat().st_size, params)]
         incumbent = None
         if champion:
             incumbent = Encoder(champion.onnx)
             checks += gate.same_classes(challenger, incumbent, params.promote.allow_other_classes)
-            standing = gate.read(incumbent, params)
-            decision["figures"][champion.name] = standing.figures()
-            checks += gate.against(found, standing, params)
+            standing = gate.measure(incumbent, params)
+            decision["figures"][champion.name] = asdict(standing.candidate())
+            checks += gate.against(measured, standing, params)
         checks += gate.latency(challenger, incumbent, params)
     except (GateError, FileNotFoundError) as error:
         return outcome("refused", str(error))
@@ -104,20 +106,26 @@ def decide(params: Params, registry: Registry, champion: Version | None) -> dict
         return outcome("refused", "; ".join(f"{c.name}: {c.text}" for c in failed))
     if champion is None:
         return outcome("promoted", "the first version, and healthy")
-    labels = "" if found.right else " (no labels: accuracy was not compared)"
+    labels = "" if measured.right else " (no labels: accuracy was not compared)"
     return outcome("promoted", f"not worse than {champion.name} in {len(checks)} checks{labels}")
 
 
 def metrics() -> dict[str, dict[str, Any]]:
-    """Return reports/NAME.json of the stages by NAME; raises FileNotFoundError."""
+    """Return reports/NAME.json by NAME; raises FileNotFoundError."""
     return {name: files.read_json(files.REPORTS / f"{name}.json") for name in METRICS}
 
 
-def _finite(stages: dict[str, dict[str, Any]]) -> None:
-    for stage, values in stages.items():
-        for key, value in values.items():
+def _complete(documents: dict[str, dict[str, Any]]) -> None:
+    """Check that the metrics are complete and finite; raises GateError."""
+    for stage, document in documents.items():
+        for key, value in figures.leaves(document).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise GateError(f"{key} in {files.REPORTS / stage}.json is {value}")
+    try:
+        for stage, kind in {"validate": Validation, "evaluate": Evaluation, "export": Exporting}.items():
+            figures.build(kind, documents[stage], f"{files.REPORTS / stage}.json")
+    except UserError as error:
+        raise GateError(str(error)) from None
 
 
 def _add(params: Params, registry: Registry, decision: dict[str, Any]) -> Version:
@@ -149,16 +157,18 @@ def _add(params: Params, registry: Registry, decision: dict[str, Any]) -> Versio
 
 
 def _is_of(encoder: Encoder, path: Path) -> bool:
-    """Say whether a file of lower precision was made of this encoder."""
+    """Say whether a file of lower precision was made from this encoder."""
     space = Encoder(path).metadata["space"]
     return space == f"{encoder.metadata['space']}-{path.stem}"
 
 
 def describe(card: dict[str, Any], decision: dict[str, Any]) -> str:
     """Return the model card for people, in Markdown."""
-    validation, export = card["metrics"]["validate"], card["metrics"]["export"]
+    data = figures.build(Validation, card["metrics"]["validate"], str(files.VALIDATION))
+    speed = figures.build(Exporting, card["metrics"]["export"], str(files.EXPORTING)).speed
+    candidates = {name: figures.build(Candidate, each, name) for name, each in decision["figures"].items()}
     checks = "\n".join(f"- {name}: {check['text']}" for name, check in decision["checks"].items())
-    classes = "It has no classifier." if card["classes"] is None else f"Its logits are of {', '.join(card['classes'])}."
+    classes = f"Its logits are for {', '.join(card['classes'])}." if card["classes"] else "It has no classifier."
     return f"""---
 library_name: onnx
 pipeline_tag: image-feature-extraction
@@ -168,17 +178,17 @@ tags: [barlow-twins, self-supervised]
 
 Made on {card["created"]} by barlow {card["version"]}, git revision {card.get("git_revision", "unknown")}. Input
 `images` is uint8 [batch, height, width, 3] of any size; output `embedding` is float32 [batch, {card["dim"]}]. {classes}
-Embeddings of another space cannot be compared with these: embed again what you search in.
+Embeddings of another space cannot be compared with these: after a change of encoder, embed your images again.
 
 ## Data
-{validation["accepted"]:,} images, {validation["accepted_pretrain"]:,} of them without labels, and
-{validation["quarantined"]:,} in quarantine; data hash {card["data_hash"]}.
+{data.accepted.total:,} images, {data.accepted.by["pretrain"]:,} of them without labels, and
+{data.quarantined.total:,} in quarantine; data hash {card["data_hash"]}.
 
 ## Measured
-{tables.columns(decision["figures"])}
+{tables.columns(candidates)}
 
-An image alone takes {export["latency_ms"]} ms where it was made. Top-1 in percent, with 95 % intervals. These figures
-are of the data above; on other images, or other classes, nothing is known.
+Top-1 accuracies are in percent, with 95 % intervals. One image takes {speed.latency_ms} ms on the machine that
+exported the encoder. All of this was measured on the data above; nothing is known of other images or classes.
 
 ## Why it was promoted
 {decision["reason"]}

@@ -1,7 +1,7 @@
-"""`barlow report`: one self-contained page that shows a run, good or bad, to someone who was not there.
+"""`barlow report`: write one self-contained page that shows a run, good or bad, to someone who was not there.
 
-Reads what every other stage wrote, INPUTS, and reports/claims.json, which `barlow claims` writes. Writes
-reports/index.html, from report.html.j2 beside this module.
+Reads what the other stages wrote (INPUTS), and reports/claims.json of `barlow claims`. Writes reports/index.html from
+reporting/templates/report.html.j2.
 """
 
 from __future__ import annotations
@@ -19,35 +19,34 @@ import yaml
 from barlow.core import files, images, provenance, webdataset
 from barlow.core.errors import UserError
 from barlow.core.weights import load_metadata, load_weights
-from barlow.data import manifest
+from barlow.data import manifest, validation
 from barlow.evaluation import features
+from barlow.evaluation.figures import Evaluation, Exporting, FineTuning, leaves, read
 from barlow.reporting import charts, gallery, pages, pictures, results
 from barlow.settings.params import Params
 from barlow.training import views
 
-STAGES = ("validate", "pretrain", "evaluate", "finetune", "export")  # whose reports/NAME.json are read
 LINEAR = ("std", "lr", "samples_per_second", "data_wait", "gradient_norm", "weight_norm")
 CURVES = {name: pages.CURVES / f"{name}.tsv" for name in pages.LOGARITHMIC + LINEAR}
-CLAIMS = files.REPORTS / "claims.json"
 INPUTS = {
-    files.REPORTS / "validate.json": "validate",
+    files.VALIDATION: "validate",
     files.QUARANTINE: "validate",
     files.ACCEPTED: "validate",
     files.SHARDS / webdataset.CLASSES_FILE: "shard",
-    files.REPORTS / "pretrain.json": "pretrain",
+    files.PRETRAINING: "pretrain",
     **dict.fromkeys(CURVES.values(), "pretrain"),
     files.CORRELATION: "pretrain",
     files.ENCODER: "pretrain",
     files.FEATURES: "extract",
-    files.REPORTS / "evaluate.json": "evaluate",
+    files.EVALUATION: "evaluate",
     files.CONFUSION: "evaluate",
     files.FEW_LABELS: "evaluate",
-    files.REPORTS / "finetune.json": "finetune",
-    files.REPORTS / "export.json": "export",
+    files.FINETUNING: "finetune",
+    files.EXPORTING: "export",
     files.ONNX: "export",
-    CLAIMS: "claims",
+    files.CLAIMS: "claims",
 }
-ASIDE = 24  # files that were put aside, at most
+QUARANTINE_SHOWN = 24  # quarantined files, at most
 COUNTED = 20  # classes, at most
 
 
@@ -59,28 +58,32 @@ def run(params: Params) -> None:
     """
     for path, stage in INPUTS.items():
         files.require(path, stage)
-    stages = {name: files.read_json(files.REPORTS / f"{name}.json") for name in STAGES}
+    evaluation, finetuning = read(Evaluation, files.EVALUATION), read(FineTuning, files.FINETUNING)
     classes = webdataset.classes()
     test = features.load("pretrained", "test")
-    metrics = stages["evaluate"] | stages["finetune"]
     correlation = load_weights(files.CORRELATION)[0]
     confusion = results.confusion(pages.read_table(files.CONFUSION), classes)
     quarantine = pages.read_table(files.QUARANTINE)
+    sections = yaml.safe_dump(json.loads(json.dumps(stage_sections(params))), sort_keys=False, allow_unicode=True)
     page = {
-        **stages,
+        "validation": validation.read(),
+        "pretraining": files.read_json(files.PRETRAINING),
+        "evaluation": evaluation,
+        "supervised": finetuning.supervised,
+        "exporting": read(Exporting, files.EXPORTING),
+        "export_rows": leaves(files.read_json(files.EXPORTING)),
         "params": params,
-        "params_yaml": yaml.safe_dump(json.loads(json.dumps(settings(params))), sort_keys=False, allow_unicode=True),
+        "params_yaml": sections,
         "classes": classes,
         "test_images": len(test.keys),
-        "metrics": metrics,
-        "methods": results.methods(metrics),
-        "few": results.few_labels(metrics, pages.read_table(files.FEW_LABELS)),
+        "methods": results.methods(evaluation, finetuning),
+        "label_budgets": results.label_budgets(evaluation),
+        "few_labels_chart": results.few_labels(evaluation, finetuning, pages.read_table(files.FEW_LABELS)),
         "examples": examples(classes),
         "splits": {name: webdataset.count(webdataset.tars(name)) for name in manifest.SPLITS},
         "class_counts": class_counts(classes),
         "quarantine": quarantine,
-        "aside": list(aside(quarantine)),
-        "checks": checks(stages["validate"]),
+        "quarantine_shown": list(quarantined(quarantine)),
         "triples": list(triples(params)),
         "curves": {
             name: charts.curves([pages.curve(path.read_text())], log=name in pages.LOGARITHMIC)
@@ -100,8 +103,8 @@ def run(params: Params) -> None:
     pages.write(files.REPORT, "report.html.j2", page)
 
 
-def settings(params: Params) -> dict[str, Any]:
-    """Return the sections that the stages depend on; what is done with their encoder later changes no page."""
+def stage_sections(params: Params) -> dict[str, Any]:
+    """Return the sections of params.yaml that stages read; those of later commands must not change the page."""
     return {name: section for name, section in asdict(params).items() if name not in ("promote", "drift")}
 
 
@@ -123,24 +126,24 @@ def examples(classes: list[str]) -> list[dict[str, Any]]:
 
 
 def class_counts(classes: list[str]) -> list[tuple[str, list[int]]]:
-    """Return how many accepted images of each class are in train, val and test; of many, the smallest classes."""
+    """Count the accepted images of each class in train, val and test; of many classes, only the smallest."""
     table = manifest.read(files.ACCEPTED).group_by(["split", "label"]).aggregate([([], "count_all")]).to_pylist()
     counts = {(row["split"], row["label"]): row["count_all"] for row in table}
     rows = [(name, [counts.get((split, name), 0) for split in ("train", "val", "test")]) for name in classes]
     return rows if len(rows) <= COUNTED else sorted(rows, key=lambda row: row[1])[:COUNTED]
 
 
-def aside(quarantine: list[list[str]]) -> Iterator[tuple[str, str, str | None]]:
-    """Yield path, reason and, where there is something to see, picture of the first files that were put aside."""
-    for i, (path, reason) in enumerate(quarantine[:ASIDE]):
+def quarantined(quarantine: list[list[str]]) -> Iterator[tuple[str, str, str | None]]:
+    """Yield path, reason and thumbnail of the first quarantined files; None if nothing of a file can be seen."""
+    for i, (path, reason) in enumerate(quarantine[:QUARANTINE_SHOWN]):
         picture = files.QUARANTINED / f"{i:03d}.jpg"
         yield path, reason, pictures.address(picture.read_bytes()) if picture.exists() else None
 
 
 def shown(test: features.Split, classes: list[str], confusion: dict[str, Any] | None, n: int) -> dict[str, Any]:
-    """Return `neighbours` and `confusion`, with pictures of the test images that they name by number."""
-    found = gallery.neighbours(test, n)
-    rows = [row for kind in found.values() for row in kind]
+    """Return `neighbours` and `confusion`, and put pictures of the test images beside their numbers."""
+    neighbours = gallery.neighbours(test, n)
+    rows = [row for kind in neighbours.values() for row in kind]
     mistakes = confusion["mistakes"] if confusion else []
     numbers = {
         *chain.from_iterable(row["images"] for row in rows),
@@ -158,28 +161,19 @@ def shown(test: features.Split, classes: list[str], confusion: dict[str, Any] | 
         ]
     if confusion:
         confusion["mistakes"] = [(*m, [thumbnails[i] for i in m[2][: gallery.EXAMPLES]]) for m in mistakes]
-    return {"neighbours": found, "confusion": confusion}
-
-
-def checks(validation: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what each expectation found, by its name."""
-    names = [key.removesuffix("_success") for key in validation if key.endswith("_success")]
-    fields = ("success", "severity", "observed", "bound", "unexpected")
-    return {name: {field: validation[f"{name}_{field}"] for field in fields} for name in names}
+    return {"neighbours": neighbours, "confusion": confusion}
 
 
 def claims() -> dict[str, Any]:
     """Return reports/claims.json with each claim laid out."""
-    document: dict[str, Any] = files.read_json(CLAIMS)
-    return document | {
-        "claims": [results.claim(entry | {"metric": document["metric"]}) for entry in document["claims"]]
-    }
+    document: dict[str, Any] = files.read_json(files.CLAIMS)
+    return document | {"claims": [results.claim(entry) for entry in document["claims"]]}
 
 
 def facts() -> dict[str, dict[str, str]]:
-    """Return what is known of the encoder, of its ONNX file and of the page that is being written."""
+    """Return the provenance of the encoder, of its ONNX file and of the page itself."""
     exported = onnx.load(str(files.ONNX), load_external_data=False).metadata_props
-    trained, pretrained = load_metadata(files.ENCODER), files.read_json(files.REPORTS / "pretrain.json")
+    trained, pretrained = load_metadata(files.ENCODER), files.read_json(files.PRETRAINING)
     return {
         "Encoder": {
             "training images, SHA-256": str(trained.get("data", "unknown")),

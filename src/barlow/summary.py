@@ -1,9 +1,10 @@
-"""`barlow summary`: the headline figures of the last run, and where its report lies."""
+"""`barlow summary`: print the headline of the last run, and where its encoder and its report lie."""
 
 from __future__ import annotations
 
 from barlow.core import files
 from barlow.evaluation import tables
+from barlow.evaluation.figures import Evaluation, FineTuning, read
 
 
 def run() -> None:
@@ -12,9 +13,8 @@ def run() -> None:
     Raises:
         UserError: nothing was evaluated yet.
     """
-    path = files.REPORTS / "evaluate.json"
-    files.require(path, "evaluate")
-    finetuned = files.REPORTS / "finetune.json"
-    print(tables.table(files.read_json(path) | (files.read_json(finetuned) if finetuned.exists() else {})))
-    for what, where in {"encoder": files.ONNX, "report": files.REPORT}.items():
-        print(f"{what:<26}{where if where.exists() else 'not there: run `dvc repro`'}")
+    files.require(files.EVALUATION, "evaluate")
+    finetuning = read(FineTuning, files.FINETUNING) if files.FINETUNING.exists() else None
+    print(tables.table(read(Evaluation, files.EVALUATION), finetuning))
+    for title, path in {"encoder": files.ONNX, "report": files.REPORT}.items():
+        print(f"{title:<26}{path if path.exists() else 'not there: run `dvc repro`'}")

@@ -1,9 +1,9 @@
-"""`barlow validate`: hold the manifest against the Great Expectations suites, and put aside what does not pass.
+"""`barlow validate`: check the manifest with Great Expectations, and quarantine the images that fail.
 
-Reads `validate` of params.yaml and data/manifest.parquet; writes data/accepted.parquet (the rows that go on) and
-data/quarantine.csv (path, reason), which together have every row, data/quarantine/ (what can be seen of the first
-ones put aside), reports/validate.json and reports/data_docs/.
-Exits 3, without data/accepted.parquet, when the data set as a whole is not good enough.
+Reads `validate` of params.yaml and data/manifest.parquet. Every row goes either into data/accepted.parquet or, with its
+reason, into data/quarantine.csv. Also writes data/quarantine/ (thumbnails of the first quarantined files),
+reports/validate.json and reports/data_docs/.
+If the data set as a whole is not good enough, the command exits with 3 and writes no data/accepted.parquet.
 """
 
 from __future__ import annotations
@@ -20,56 +20,64 @@ import pyarrow as pa
 
 from barlow.core import files, images
 from barlow.core.errors import DataError, UserError
-from barlow.data import expectations, manifest
+from barlow.data import expectations, manifest, validation
 from barlow.data.expectations import Outcome
+from barlow.data.validation import Check, Counts, Validation
 from barlow.settings.params import Params
 
-SUMMARY = files.REPORTS / "validate.json"
-DOCS = files.REPORTS / "data_docs"
-# Outside what DVC removes before it runs the stage. Two generations, so that validating again compares as before.
+# No output in dvc.yaml, or DVC would remove it before the stage runs. It holds the last two manifests: validating one
+# of them again then compares it with the same one as before.
 LAST = Path("data/.last_accepted.json")
 SHOWN = 10  # paths in a message
-PICTURES = 24  # files put aside, of which a thumbnail is kept
+PICTURES = 24  # quarantined files that get a thumbnail
 
 
 def run(params: Params) -> None:
-    """Run the stage."""
+    """Run the stage.
+
+    Raises:
+        DataError: a critical check failed; the message has a table of those that did.
+        UserError: fewer than two images are left to train on.
+    """
     table = manifest.read()
-    for output in (files.ACCEPTED, files.QUARANTINE, SUMMARY):
+    for output in (files.ACCEPTED, files.QUARANTINE, files.VALIDATION):
         output.unlink(missing_ok=True)
     suites = expectations.suites(params.validate)
-    context = expectations.new_context(DOCS)
+    context = expectations.new_context(files.DATA_DOCS)
 
     def check(name: str, frame: pd.DataFrame) -> list[Outcome]:
         return expectations.check(context, name, frame, suites[name]) if len(frame) else []
 
-    found = check("schema", _schema(table.schema))
-    if not found[0].success:
-        files.write_json(SUMMARY, _summary(found))
-        expectations.write_docs(context, DOCS, found)
-        raise DataError(_message(found, pd.DataFrame()))
+    outcomes = check("schema", _schema(table.schema))
+    if not outcomes[0].success:
+        validation.write(Validation(table.num_rows, Counts(0, {}), Counts(0, {}), _checks(outcomes)))
+        expectations.write_docs(context, files.DATA_DOCS, outcomes)
+        raise DataError(_message(outcomes, pd.DataFrame()))
 
     rows = table.to_pandas()
-    found += check("files", rows[["path", "error"]])
+    outcomes += check("files", rows[["path", "error"]])
     images = rows[rows["error"].isna()].astype({"width": int, "height": int})
-    found += check("images", images)
-    quarantine = _quarantine({outcome.name: outcome for outcome in found}, images)
+    outcomes += check("images", images)
+    quarantine = _quarantine({outcome.name: outcome for outcome in outcomes}, images)
     accepted = rows[~rows["path"].isin(quarantine["path"])]
     assert len(accepted) + len(quarantine) == len(rows)
-    found += check("dataset", pd.DataFrame({"name": ["all"], "accepted_fraction": [len(accepted) / len(rows)]}))
-    found += check("classes", _classes(images, accepted))
+    outcomes += check("dataset", pd.DataFrame({"name": ["all"], "accepted_fraction": [len(accepted) / len(rows)]}))
+    outcomes += check("classes", _classes(images, accepted))
     last, drift = _drift(accepted, params.ingest.source)
-    found += check("drift", drift)
+    outcomes += check("drift", drift)
 
     with files.replacing(files.QUARANTINE) as temporary:
         quarantine[["path", "reason"]].to_csv(temporary, index=False, lineterminator="\n")
     picture(manifest.root(params.ingest), quarantine["path"].head(PICTURES), params.validate.max_bytes)
-    files.write_json(SUMMARY, _counts(accepted, quarantine) | _summary(found))
-    expectations.write_docs(context, DOCS, found)
-    for outcome in found:
+    splits = {split: int((accepted["split"] == split).sum()) for split in manifest.SPLITS}
+    kinds = {kind: int(n) for kind, n in quarantine["kind"].value_counts().sort_index().items()}
+    counts = Counts(len(accepted), splits), Counts(len(quarantine), kinds)
+    validation.write(Validation(len(rows), *counts, _checks(outcomes)))
+    expectations.write_docs(context, files.DATA_DOCS, outcomes)
+    for outcome in outcomes:
         if not outcome.success and outcome.severity == "warning":
             print(f"warning: {outcome.name}: {_figures(outcome)}")
-    critical = [outcome for outcome in found if not outcome.success and outcome.severity == "critical"]
+    critical = [outcome for outcome in outcomes if not outcome.success and outcome.severity == "critical"]
     if critical:
         raise DataError(_message(critical, quarantine))
     trainable = int(accepted["split"].isin(["pretrain", "train"]).sum())
@@ -77,12 +85,12 @@ def run(params: Params) -> None:
         raise UserError(f"ingest.source={params.ingest.source} has {trainable} accepted images to train on; add images")
     manifest.write(table.filter(pa.array(rows.index.isin(accepted.index))), files.ACCEPTED)
     files.write_json(LAST, last)
-    kinds = "".join(f", {kind} {n}" for kind, n in quarantine["kind"].value_counts().sort_index().items())
-    print(f"{len(rows)} images: {len(accepted)} accepted, {len(quarantine)} in quarantine{kinds}")
+    by_kind = "".join(f", {kind} {n}" for kind, n in kinds.items())
+    print(f"{len(rows)} images: {len(accepted)} accepted, {len(quarantine)} in quarantine{by_kind}")
 
 
 def picture(root: Path, paths: Iterable[str], max_bytes: int) -> None:
-    """Fill data/quarantine/ with thumbnails of the files, NNN.jpg of number NNN, where there is something to see."""
+    """Fill data/quarantine/ with thumbnails: NNN.jpg for file number NNN, if anything of it can be seen."""
     folder = files.QUARANTINED.with_name(f".{files.QUARANTINED.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -97,31 +105,31 @@ def picture(root: Path, paths: Iterable[str], max_bytes: int) -> None:
 
 
 def _schema(schema: pa.Schema) -> pd.DataFrame:
-    """Return the manifest's columns, the types found and the types expected; "" for a column that is not there."""
-    found, expected = ({field.name: str(field.type) for field in s} for s in (schema, manifest.SCHEMA))
-    names = list(expected | found)
+    """Return each column of the manifest with its type and the expected one; "" for a column that is not there."""
+    actual, expected = ({field.name: str(field.type) for field in s} for s in (schema, manifest.SCHEMA))
+    names = list(expected | actual)
     return pd.DataFrame(
-        {"column": names, "found": [found.get(n, "") for n in names], "expected": [expected.get(n, "") for n in names]}
+        {"column": names, "found": [actual.get(n, "") for n in names], "expected": [expected.get(n, "") for n in names]}
     )
 
 
-def _quarantine(found: dict[str, Outcome], images: pd.DataFrame) -> pd.DataFrame:
-    """Return path, reason and the first reason's kind of every file that is put aside, sorted by path.
+def _quarantine(outcomes: dict[str, Outcome], images: pd.DataFrame) -> pd.DataFrame:
+    """Return path, reason and kind (the first reason's check) of every file to quarantine, sorted by path.
 
-    Of the copies of one image, one stays: in test before val, train and pretrain, then the first path. So no image that
-    is tested on was ever trained on.
+    One copy of each image stays: in test before val, train and pretrain, then the first path. So no test image was ever
+    trained on.
     """
-    reasons: dict[str, dict[str, list[str]]] = {}  # path -> rule -> what does not meet it
+    reasons: dict[str, dict[str, list[str]]] = {}  # path -> rule -> the facts that break it
     kinds: dict[str, str] = {}
     for name in ("decodable", "format", "mode", "width", "height", "bytes"):
-        if name not in found:
+        if name not in outcomes:
             continue
-        for path, value in found[name].rows.items():
-            fact, rule = (value, "") if name == "decodable" else (f"{name} {value}", f": {found[name].rule}")
+        for path, value in outcomes[name].rows.items():
+            fact, rule = (value, "") if name == "decodable" else (f"{name} {value}", f": {outcomes[name].rule}")
             reasons.setdefault(path, {}).setdefault(rule, []).append(fact)
             kinds.setdefault(path, name)
-    if "unique" in found:
-        copies = images[images["path"].isin(found["unique"].rows) & ~images["path"].isin(reasons)]
+    if "unique" in outcomes:
+        copies = images[images["path"].isin(outcomes["unique"].rows) & ~images["path"].isin(reasons)]
         copies = copies.assign(rank=copies["split"].map(manifest.SPLITS.index)).sort_values(
             ["rank", "path"], ascending=[False, True]
         )
@@ -145,10 +153,10 @@ def _classes(images: pd.DataFrame, accepted: pd.DataFrame) -> pd.DataFrame:
 
 
 def _drift(accepted: pd.DataFrame, source: str) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Compare brightness and contrast with those of the source's last accepted manifest.
+    """Compare brightness and contrast with the last accepted manifest of the same source.
 
-    Returns what to remember if this one is accepted, and the Kolmogorov-Smirnov distances of the histograms in whole
-    grey levels: one row, or none when there is nothing to compare with.
+    Returns the new content of LAST, and the Kolmogorov-Smirnov distances of the histograms in whole grey levels: one
+    row, or none if there is nothing to compare with.
     """
     now = {c: np.bincount(accepted[c].round().astype(int), minlength=256).tolist() for c in ("brightness", "contrast")}
     digest = files.sha256(files.MANIFEST)
@@ -169,15 +177,8 @@ def _ks(a: list[int], b: list[int]) -> float:
     return float(np.abs(shares[0] - shares[1]).max())
 
 
-def _counts(accepted: pd.DataFrame, quarantine: pd.DataFrame) -> dict[str, int]:
-    counts = {"images": len(accepted) + len(quarantine), "accepted": len(accepted), "quarantined": len(quarantine)}
-    counts |= {f"accepted_{split}": int((accepted["split"] == split).sum()) for split in manifest.SPLITS}
-    return counts | {f"quarantined_{kind}": int(n) for kind, n in quarantine["kind"].value_counts().items()}
-
-
-def _summary(found: list[Outcome]) -> dict[str, Any]:
-    fields = ("success", "severity", "observed", "bound", "unexpected")
-    return {f"{outcome.name}_{field}": getattr(outcome, field) for outcome in found for field in fields}
+def _checks(outcomes: list[Outcome]) -> dict[str, Check]:
+    return {o.name: Check(o.success, o.severity, o.observed, o.bound, o.unexpected) for o in outcomes}
 
 
 def _figures(outcome: Outcome) -> str:
@@ -186,13 +187,14 @@ def _figures(outcome: Outcome) -> str:
 
 
 def _message(failed: list[Outcome], quarantine: pd.DataFrame) -> str:
-    """Return the table of what failed, with the first names of each kind."""
-    lines = [f"the data failed validation; see {DOCS}/index.html", f"  {'check':18}{'found':>10}{'bound':>10}  setting"]
+    """Return a table of the failed checks, with the first names of each."""
+    lines = [f"the data failed validation; see {files.DATA_DOCS}/index.html"]
+    lines.append(f"  {'check':18}{'found':>10}{'bound':>10}  setting")
     for outcome in failed:
         lines.append(f"  {outcome.name:18}{outcome.observed:10g}{outcome.bound:10g}  {outcome.rule}")
         if outcome.name in ("schema", "images_per_class"):
             lines += [f"    {name}: {value}" for name, value in islice(outcome.rows.items(), SHOWN)]
     if len(quarantine):
-        lines.append(f"put aside, {min(SHOWN, len(quarantine))} of {len(quarantine)} (all in {files.QUARANTINE}):")
+        lines.append(f"in quarantine, {min(SHOWN, len(quarantine))} of {len(quarantine)} (all in {files.QUARANTINE}):")
         lines += [f"  {row.path}: {row.reason}" for row in quarantine.head(SHOWN).itertuples()]
     return "\n".join(lines)

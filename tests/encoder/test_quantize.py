@@ -17,6 +17,7 @@ from barlow.core.images import decode
 from barlow.encoder import quantize
 from barlow.encoder.encoder import Encoder
 from barlow.evaluation import exported
+from barlow.evaluation.figures import Precision
 
 SIDE, WIDTH = 20, 16  # px of the network's input; channels
 METADATA = {"version": "1", "space": "s", "image_size": str(SIDE), "dim": str(WIDTH), "data_hash": "d", "note": "é"}
@@ -127,15 +128,10 @@ def settings(smoke, max_accuracy_loss, calibration_images=5):
 def test_both_are_written_with_their_sizes(figures):
     assert sorted(path.name for path in files.REDUCED.iterdir()) == ["fp16.onnx", "int8.onnx"]
     for name in NAMES:
-        assert figures[f"{name}_written"] is True
-        assert figures[f"{name}_bytes"] == (files.REDUCED / f"{name}.onnx").stat().st_size
-    assert set(figures) == {
-        f"{name}_{figure}"
-        for name in ("float32", *NAMES)
-        for figure in ("linear_top1", "knn_top1", "bytes", "written")
-        if name != "float32" or figure.endswith("top1")
-    }
-    json.dumps(figures, allow_nan=False)
+        assert figures[name].written is True
+        assert figures[name].bytes == (files.REDUCED / f"{name}.onnx").stat().st_size
+    assert set(figures) == {"float32", *NAMES}
+    json.dumps({name: dataclasses.asdict(each) for name, each in figures.items()}, allow_nan=False)
 
 
 @pytest.mark.parametrize("name", ["float32", *NAMES])
@@ -147,11 +143,9 @@ def test_accuracies_are_those_of_scikit_learn(figures, smoke, name):
     nearest = KNeighborsClassifier(
         p.knn_k, metric="cosine", weights=lambda distances: np.exp((1 - distances) / p.knn_temperature)
     ).fit(run(path, train)[0].astype(np.float64), train_labels)
-    assert figures[f"{name}_linear_top1"] == pytest.approx(100 * np.mean(logits.argmax(1) == labels))
-    assert figures[f"{name}_knn_top1"] == pytest.approx(
-        100 * nearest.score(embeddings.astype(np.float64), labels), abs=1e-6
-    )
-    assert 30 < figures[f"{name}_linear_top1"] < 100  # neither chance nor certainty, so that an error would show
+    assert figures[name].top1.linear == pytest.approx(100 * np.mean(logits.argmax(1) == labels))
+    assert figures[name].top1.knn == pytest.approx(100 * nearest.score(embeddings.astype(np.float64), labels), abs=1e-6)
+    assert 30 < figures[name].top1.linear < 100  # neither chance nor certainty: another reading would differ
 
 
 def test_int8_convolutions_are_quantised_a_channel(figures):
@@ -274,9 +268,10 @@ def test_one_that_loses_too_much_is_not_written(figures, smoke, tmp_path, monkey
     monkeypatch.setattr(quantize, "int8", make)
     found = export.reduce(files.ONNX, tmp_path, settings(smoke, 10), smoke.evaluate)
     assert [path.name for path in tmp_path.iterdir()] == ["fp16.onnx"]
-    assert (found["int8_written"], found["fp16_written"]) == (False, True)
-    assert found[f"int8_{kept}_top1"] == found[f"float32_{kept}_top1"]
-    lost = found[f"float32_{spoilt}_top1"] - found[f"int8_{spoilt}_top1"]
+    assert (found["int8"].written, found["fp16"].written) == (False, True)
+    full, int8 = found["float32"].top1, found["int8"].top1
+    assert getattr(int8, kept) == getattr(full, kept)
+    lost = getattr(full, spoilt) - getattr(int8, spoilt)
     assert lost > 10
     told = f"{tmp_path}/int8.onnx is not written: it loses {lost:.2f} points, export.max_accuracy_loss=10\n"
     assert capsys.readouterr().out == told
@@ -285,11 +280,12 @@ def test_one_that_loses_too_much_is_not_written(figures, smoke, tmp_path, monkey
 def test_the_loss_that_is_allowed_is_allowed(figures, smoke, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "int8", other_head(np.negative))
     worse = export.reduce(files.ONNX, tmp_path, settings(smoke, 100), smoke.evaluate)
-    lost = max(worse[f"float32_{kind}_top1"] - worse[f"int8_{kind}_top1"] for kind in ("linear", "knn"))
-    assert worse["int8_written"]
+    full, int8 = worse["float32"].top1, worse["int8"].top1
+    lost = max(full.linear - int8.linear, full.knn - int8.knn)
+    assert worse["int8"].written
     for bound, written in ((lost - 1e-9, False), (lost, True)):
         found = export.reduce(files.ONNX, tmp_path, settings(smoke, bound), smoke.evaluate)
-        assert found["int8_written"] is written
+        assert found["int8"].written is written
         assert (tmp_path / "int8.onnx").exists() is written
 
 
@@ -300,8 +296,8 @@ def test_images_without_a_label_do_not_count(figures, smoke, tmp_path, monkeypat
     for split in ("train", "test"):
         mixed = [*samples["pretrain"][:20], *samples[split], *samples["pretrain"][20:40]]
         webdataset.write(files.SHARDS / f"{split}-000000.tar", mixed)
-    wanted = figures["float32_linear_top1"], figures["float32_knn_top1"]
-    assert exported.accuracy(encoder, smoke.evaluate) == pytest.approx(wanted)
+    wanted = dataclasses.astuple(figures["float32"].top1)
+    assert dataclasses.astuple(exported.accuracy(encoder, smoke.evaluate)) == pytest.approx(wanted)
     webdataset.write(files.SHARDS / "train-000000.tar", samples["pretrain"])
     assert exported.accuracy(encoder, smoke.evaluate) is None  # kNN has nothing to learn from
 
@@ -315,6 +311,7 @@ def test_without_labels_nothing_is_written(small_shards, smoke, tmp_path, monkey
     files.REDUCED.mkdir(parents=True)
     (files.REDUCED / "fp16.onnx").write_text("of before")
     found = export.reduce(files.ONNX, files.REDUCED, settings(smoke, 20), smoke.evaluate)
-    assert found == {"int8_written": False, "fp16_written": False}
+    assert found["float32"] == Precision(None, files.ONNX.stat().st_size, True)
+    assert (found["int8"], found["fp16"]) == (Precision(None, None, False), Precision(None, None, False))
     assert list(files.REDUCED.iterdir()) == []
     assert capsys.readouterr().out.count("is not written: there are no labels to measure its accuracy with\n") == 2

@@ -460,7 +460,7 @@ def test_a_failure_promotes_nothing_and_a_promotion_has_its_page_and_both_are_to
     assert rows == [("validate", "ran"), ("pretrain", "ran"), ("export", "ran")]
     assert "290 of 294 images accepted, 4 in quarantine" in page["validation"]
     assert page["decision"].startswith("**Promoted**: the first version, and healthy")
-    assert "| linear_top1 |" in page["decision"]
+    assert "| linear probe |" in page["decision"]
 
 
 @one

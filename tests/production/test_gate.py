@@ -1,3 +1,5 @@
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 import torch
@@ -9,16 +11,16 @@ from barlow.evaluation import features
 from barlow.production import gate
 
 
-def test_it_reads_an_encoder_as_evaluate_does(encoders, smoke):
+def test_it_measures_an_encoder_as_evaluate_does(encoders, smoke):
     """The stage embeds with torch, the gate with onnxruntime; given the same features they say the same."""
     encoders("edges")
-    found = gate.read(Encoder(), smoke)
+    measured = gate.measure(Encoder(), smoke)
     splits = {name: gate.embed(Encoder(), gate.labelled(name)) for name in ("train", "val", "test")}
-    wanted = evaluate.score(splits, 4, smoke.evaluate).metrics
-    figures = found.figures()
-    for name in ("linear_top1", "linear_top1_low", "knn_top1", "knn_top1_high"):
-        assert figures[name] == pytest.approx(wanted[name])
-    assert found.val.shape == (30 + 200, 12)  # val's, and as many of pretrain's as there are
+    wanted = evaluate.score(splits, 4, smoke.evaluate).scores
+    candidate = measured.candidate()
+    for kind in ("linear", "knn"):
+        assert astuple(getattr(candidate, kind)) == pytest.approx(astuple(getattr(wanted, kind)))
+    assert measured.val.shape == (30 + 200, 12)  # val's, and as many of pretrain's as there are
 
 
 def test_embeddings_are_those_of_the_images_in_order(encoders):
@@ -36,12 +38,12 @@ def test_the_paired_check_counts_discordant_images(smoke, change):
     other = right.clone()
     other[:30] = False  # only the challenger has these right
     other[800:810] = True  # and these only the champion
-    read = {name: gate.Read(torch.ones(2, 2), None, {"knn": r}) for name, r in {"new": right, "old": other}.items()}
+    new, old = (gate.Measured(torch.ones(2, 2), None, {"knn": each}) for each in (right, other))
     params = change(smoke, "promote", margin=0.5)
-    check = next(gate.against(read["new"], read["old"], params))
+    check = next(gate.against(new, old, params))
     assert check.passed
     assert check.text.startswith("+2.0 points (+0.7 to +3.3)")
-    check = next(gate.against(read["old"], read["new"], params))
+    check = next(gate.against(old, new, params))
     assert not check.passed
     assert check.text.startswith("-2.0 points (-3.3 to -0.7), the lower end at least -promote.margin=-0.5")
 

@@ -1,10 +1,8 @@
 """The report of a whole pipeline, in a real browser; skipped where there is no Chromium."""
 
-import re
-
 import browsers
 import pytest
-from test_report import SECTIONS, Page
+from test_report import SECTIONS, Page, accuracies
 
 from barlow.core import files
 
@@ -103,9 +101,7 @@ def test_the_map_can_be_walked_by_keyboard_and_tapped(visit):
 
 def test_its_figures_are_those_of_the_same_run(reproduced):
     page = Page((reproduced / files.REPORT).read_text(encoding="utf-8"))
-    metrics = {}
-    for name in ("evaluate", "finetune"):
-        metrics |= files.read_json(reproduced / f"reports/{name}.json")
-    assert {key for _, key, _ in page.figures} == {key for key in metrics if re.search(r"_top1(_low|_high)?$", key)}
+    metrics = accuracies(reproduced)
+    assert {key for _, key, _ in page.figures} == {*metrics}
     for _, key, shown in page.figures:
         assert shown == round(metrics[key], 1), key

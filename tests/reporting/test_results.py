@@ -4,58 +4,105 @@ import stages
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
 
 from barlow.evaluation import intervals
+from barlow.evaluation.figures import (
+    Budget,
+    Evaluation,
+    FewLabels,
+    FineTuned,
+    FineTuning,
+    Images,
+    Network,
+    Scores,
+    Supervised,
+)
 from barlow.reporting import charts, results
 
-
-def figures(*names, **more):
-    """Metrics with the accuracies of those names, all different, each with an interval."""
-    metrics = {"classes": 10, "train_images": 1000} | more
-    for i, name in enumerate(names):
-        metrics |= stages.accuracy(f"{name}_top1", 10.5 + 5 * i)
-    return metrics
+FIVE, SHARE = Budget(5, None), Budget(None, 0.025)
+ONE, PERCENT, TENTH = Budget(1, None), Budget(None, 0.01), Budget(None, 0.1)
+UNTUNED = FineTuning(1.0, {}, None)
 
 
-def test_settings_come_by_their_number_of_images():
-    metrics = figures("linear", "labels_5", "share_2.5", labels_5_images=50, **{"share_2.5_images": 25})
-    assert results.settings(metrics | {"labels_1_images": 10}) == {
-        "share_2.5": ("2.5 %", 25),
-        "labels_5": ("5 a class", 50),
-        "linear": ("all", 1000),
+def evaluated(**encoders):
+    return Evaluation(10, Images(1000, 300, 500), encoders)
+
+
+def scores(first, few=None, linear=True, knn=True):
+    """Return accuracies that all differ, each with an interval; `few` has the images per budget."""
+    few = {
+        str(budget): FewLabels(budget, images, stages.accuracy(first + 3 + i))
+        for i, (budget, images) in enumerate((few or {}).items())
     }
-    assert results.settings({"train_images": 0}) == {}
+    measured = [stages.accuracy(first + i) if there else None for i, there in enumerate((linear, knn))]
+    return Scores(*measured, 0.001, few, None)
 
 
-def test_methods_hold_every_accuracy_but_those_by_class():
-    names = ["linear", "random_linear", "pixels_knn", "share_10", "share_1", "finetuned_share_10", "scratch_share_1"]
-    groups = results.methods(figures(*names, "supervised", "labels_5", share_10_images=100, share_1_images=10))
+def tuned(budget, images, pretrained, random):
+    networks = (Network(stages.accuracy(top1), 0.1) for top1 in (pretrained, random))
+    return {str(budget): FineTuned(budget, images, *networks)}
+
+
+def test_label_budgets_come_by_their_number_of_images():
+    evaluation = evaluated(pretrained=scores(10.0, {FIVE: 50, SHARE: 25}))
+    rows = results.label_budgets(evaluation)
+    assert [(row.title, row.images) for row in rows] == [("2.5 %", 25), ("5 per class", 50), ("all", 1000)]
+    assert rows[1].probes["pretrained"].key == "encoders.pretrained.few_labels.5 per class.linear"
+    assert rows[1].probes["pretrained"].accuracy.top1 == 13.0
+    assert results.label_budgets(evaluated(pretrained=scores(10.0, linear=False, knn=False))) == []
+
+
+def test_methods_hold_every_accuracy_but_those_of_labels_per_class():
+    evaluation = evaluated(
+        pixels=scores(50.0, linear=False),
+        pretrained=scores(10.0, {TENTH: 100, PERCENT: 10, FIVE: 50}, knn=False),
+        random=scores(30.0, knn=False),
+    )
+    fine_tuned = tuned(TENTH, 100, 61.0, 62.0) | tuned(PERCENT, 10, 63.0, 64.0)
+    supervised = Supervised(Network(stages.accuracy(70.0), 0.1), 3000)
+    groups = results.methods(evaluation, FineTuning(1.0, fine_tuned, supervised))
     assert [(group["title"], group["images"]) for group in groups] == [
         ("All labels of train", 1000),
         ("10 % of the labels", 100),
         ("1 % of the labels", 10),
     ]
-    shown = [key for group in groups for rows in group["parts"].values() for key in rows]
-    assert sorted(shown) == sorted(f"{name}_top1" for name in [*names, "supervised"])
-    assert list(groups[1]["parts"]) == ["Linear probe on frozen features", "The whole network, trained"]
+    shown = {m.key: m.accuracy.top1 for group in groups for rows in group["parts"].values() for m in rows.values()}
+    assert shown == {
+        "encoders.pretrained.linear": 10.0,
+        "encoders.random.linear": 30.0,
+        "encoders.pixels.knn": 51.0,
+        "supervised.network.accuracy": 70.0,
+        "encoders.pretrained.few_labels.10 %.linear": 13.0,
+        "encoders.pretrained.few_labels.1 %.linear": 14.0,
+        "fine_tuned.10 %.pretrained.accuracy": 61.0,
+        "fine_tuned.10 %.random.accuracy": 62.0,
+        "fine_tuned.1 %.pretrained.accuracy": 63.0,
+        "fine_tuned.1 %.random.accuracy": 64.0,
+    }
+    assert {title: list(rows) for title, rows in groups[1]["parts"].items()} == {
+        "Linear probe on frozen features": ["pretrained"],
+        "The whole network, trained": ["pretrained, then fine-tuned", "from random weights"],
+    }
 
 
 def test_the_few_label_curve_draws_of_two_equal_numbers_the_first(monkeypatch):
     drawn = {}
     monkeypatch.setattr(charts, "points", drawn.update)
-    metrics = figures("linear", "labels_1", "share_1", "random_linear", labels_1_images=10, share_1_images=10)
-    metrics |= stages.accuracy("finetuned_share_1_top1", 40.0) | stages.accuracy("supervised_top1", 70.0)
-    rows = [["pretrained", "labels_1", "10", "0", "31.5"], ["pretrained", "labels_1", "10", "1", "33.5"]]
-    few = results.few_labels(metrics, [*rows, ["random", "labels_1", "10", "0", "1.5"]])
+    evaluation = evaluated(pretrained=scores(10.0, {PERCENT: 10, ONE: 10}), random=scores(30.0))
+    finetuning = FineTuning(1.0, tuned(PERCENT, 10, 40.0, 20.0), Supervised(Network(stages.accuracy(70.0), 0.1), 3000))
+    rows = [["pretrained", "1 per class", "10", "0", "31.5"], ["pretrained", "1 per class", "10", "1", "33.5"]]
+    results.few_labels(evaluation, finetuning, [*rows, ["random", "1 per class", "10", "0", "1.5"]])
     assert {name: [(p.x, p.y, list(p.dots)) for p in line] for name, line in drawn.items()} == {
-        "pretrained": [(10, metrics["labels_1_top1"], [31.5, 33.5]), (1000, metrics["linear_top1"], [])],
-        "random encoder": [(1000, metrics["random_linear_top1"], [])],
+        "pretrained": [(10, 14.0, [31.5, 33.5]), (1000, 10.0, [])],
+        "random encoder": [(1000, 30.0, [])],
         "pretrained, then fine-tuned": [(10, 40.0, [])],
+        "from random weights": [(10, 20.0, [])],
         "supervised": [(1000, 70.0, [])],
     }
-    assert [name for _, _, name in few["settings"]] == ["labels_1", "share_1", "linear"]
 
 
 def test_without_labels_there_is_no_curve():
-    assert results.few_labels({"train_images": 0}, []) == {"chart": None, "settings": []}
+    bare = evaluated(pretrained=scores(10.0, linear=False, knn=False))
+    assert results.few_labels(bare, UNTUNED, []) is None
+    assert [group["parts"] for group in results.methods(bare, UNTUNED)] == [{}]
     assert results.confusion([], []) is None
 
 
@@ -94,7 +141,7 @@ def test_of_many_classes_both_ends_are_shown():
 
 def test_a_claim_is_laid_out_over_one_axis():
     document = stages.claims()
-    claim = results.claim(document["claims"][0] | {"metric": "linear_top1"})
+    claim = results.claim(document["claims"][0])
     first, second, failed = claim["rows"]
     low, high = 57.0 - 0.06 * 8.5, 65.5 + 0.06 * 8.5  # all that is seen, with a margin
     for value, place in (first["mean"], first["low"], first["high"], second["mean"]):
@@ -107,7 +154,7 @@ def test_a_claim_is_laid_out_over_one_axis():
 
 
 def test_a_claim_of_which_no_run_ended():
-    entry = {"metric": "linear_top1", "points": [{"label": "a", "mean": None, "runs": [{"seed": 3, "failed": "x"}]}]}
+    entry = {"points": [{"label": "a", "mean": None, "runs": [{"seed": 3, "failed": "x"}]}]}
     claim = results.claim(entry)
     assert claim["seeds"] == [3]
     assert "dots" not in claim["rows"][0]

@@ -30,6 +30,13 @@ DECISION = Path("models/decision.json")  # the last one of `barlow promote`
 DRIFT = Path("models/drift.json")  # the last check of `barlow drift`
 REPORTS = Path("reports")
 REPORT = REPORTS / "index.html"
+VALIDATION = REPORTS / "validate.json"
+PRETRAINING = REPORTS / "pretrain.json"
+EVALUATION = REPORTS / "evaluate.json"
+FINETUNING = REPORTS / "finetune.json"
+EXPORTING = REPORTS / "export.json"
+CLAIMS = REPORTS / "claims.json"
+DATA_DOCS = REPORTS / "data_docs"
 CONFUSION = REPORTS / "confusion.csv"
 FEW_LABELS = REPORTS / "few_labels.csv"
 

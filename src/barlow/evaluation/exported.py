@@ -1,10 +1,9 @@
-"""What an exported encoder is worth: its embeddings of shards' images, and the accuracies read from them."""
+"""An exported encoder's embeddings of the shards' images, and the accuracies measured on them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +13,10 @@ from barlow.core.errors import GateError
 from barlow.encoder.encoder import Encoder, Pixels
 from barlow.evaluation import probe
 from barlow.evaluation.features import Split, labelled, through
+from barlow.evaluation.figures import Top1
 from barlow.settings.params import Evaluate
 
-ACCURACY_IMAGES = 10_000  # of train and of test that `accuracy` embeds, at most
-
-
-class Accuracy(NamedTuple):
-    """Top-1 of the test images in percent."""
-
-    linear_top1: float  # by the logits in the file
-    knn_top1: float
+ACCURACY_IMAGES = 10_000  # at most, of train and of test each, that `accuracy` embeds
 
 
 def embed(encoder: Encoder, samples: Iterator[webdataset.Sample]) -> Split:
@@ -39,24 +32,24 @@ def embed(encoder: Encoder, samples: Iterator[webdataset.Sample]) -> Split:
     return split
 
 
-def accuracy(encoder: Encoder, p: Evaluate) -> Accuracy | None:
-    """Measure as `barlow evaluate` does, kNN from train to test; None where one of them has no labels."""
+def accuracy(encoder: Encoder, p: Evaluate) -> Top1 | None:
+    """Measure as `barlow evaluate` does, kNN from train to test; None without labels or without a head."""
     (train, _), (test, logits) = (
         _embed(encoder, islice(labelled(split), ACCURACY_IMAGES)) for split in ("train", "test")
     )
     if not train.keys or not test.keys or encoder.classes is None:
         return None
-    votes = probe.knn(test.features, *train[:2], len(encoder.classes), p.knn_k, p.knn_temperature)
-    return Accuracy(probe.accuracy(logits.argmax(1), test.labels), probe.accuracy(votes.argmax(1), test.labels))
+    scores = probe.knn(test.features, *train[:2], len(encoder.classes), p.knn_k, p.knn_temperature)
+    return Top1(probe.accuracy(logits.argmax(1), test.labels), probe.accuracy(scores.argmax(1), test.labels))
 
 
 def _embed(encoder: Encoder, samples: Iterator[webdataset.Sample]) -> tuple[Split, Tensor]:
-    """Return the embeddings and the logits (images, classes), which have no column where no head was fitted."""
+    """Return the embeddings and the logits (images, classes), which have no columns if no head was fitted."""
     logits = [torch.zeros(0, len(encoder.classes or []))]
 
     def vectors(pixels: Iterator[Pixels]) -> Tensor:
         parts = list(encoder.run(pixels))
-        logits.extend(torch.from_numpy(found) for _, found in parts if found is not None)
+        logits.extend(torch.from_numpy(values) for _, values in parts if values is not None)
         return torch.cat([torch.from_numpy(embeddings) for embeddings, _ in parts])
 
     return through(samples, images.decode, vectors, encoder.dim), torch.cat(logits)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+from barlow.evaluation.figures import Accuracy
+
 
 def wilson_interval(percent: float, n: int) -> tuple[float, float]:
     """Return the 95 % confidence interval of an accuracy in percent over `n` images (Wilson, 1927)."""
@@ -29,10 +31,10 @@ def mean_interval(percents: Sequence[float], n: int) -> tuple[float, float]:
     return max(mean - math.hypot(mean - low, repeated), 0.0), min(mean + math.hypot(high - mean, repeated), 100.0)
 
 
-def figure(name: str, percents: Sequence[float], n: int) -> dict[str, float]:
-    """Return the mean of repeated accuracies over `n` images under `name`, with its `_low` and `_high`."""
+def mean_accuracy(percents: Sequence[float], n: int) -> Accuracy:
+    """Return the mean of repeated accuracies in percent, all over the same `n` images, with its interval."""
     low, high = mean_interval(percents, n)
-    return {name: math.fsum(percents) / len(percents), f"{name}_low": low, f"{name}_high": high}
+    return Accuracy(math.fsum(percents) / len(percents), low, high)
 
 
 def paired_interval(better: int, worse: int, n: int) -> tuple[float, float]:

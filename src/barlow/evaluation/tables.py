@@ -1,73 +1,70 @@
-"""Figures as tables: for a terminal, and in Markdown."""
+"""Metrics as tables: for a terminal, and in Markdown."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
+from barlow.evaluation.figures import Accuracy, Budget, Candidate, Evaluation, FineTuning
 
-def table(metrics: Mapping[str, float]) -> str:
-    """Return the headline figures, pretrained against both baselines, as text: top-1 in percent, 95 % intervals."""
-    lines = [f"{'':<26}" + "".join(f"{name:>22}" for name in ("pretrained", "random encoder", "pixels"))]
-    for name, text in rows(metrics):
-        keys = columns_of(name)
-        cells = [
-            f"{metrics[k]:.1f} ({metrics[f'{k}_low']:.1f} to {metrics[f'{k}_high']:.1f})" if k in metrics else ""
-            for k in keys
-        ]
-        lines.append(f"{text:<26}" + "".join(f"{cell:>22}" for cell in cells).rstrip())
+COLUMNS = {"pretrained": "pretrained", "random": "random encoder", "pixels": "pixels"}
+
+
+def table(evaluation: Evaluation, finetuning: FineTuning | None) -> str:
+    """Return the headline as text: pretrained against both baselines, top-1 in percent with 95 % intervals."""
+    lines = [f"{'':<26}" + "".join(f"{title:>22}" for title in COLUMNS.values())]
+    for title, accuracies in rows(evaluation, finetuning).items():
+        cells = (str(accuracies.get(encoder, "")) for encoder in COLUMNS)
+        lines.append(f"{title:<26}" + "".join(f"{cell:>22}" for cell in cells).rstrip())
     if len(lines) == 1:
-        lines.append("no labels in each of train, val and test: only the health of the features can be told")
-    for name in ("effective_rank", "alignment", "uniformity"):
-        if name in metrics:
-            values = (metrics[key] for key in (name, f"random_{name}") if key in metrics)
-            lines.append(f"{name.replace('_', ' '):<26}" + "".join(f"{value:>22.2f}" for value in values))
+        lines.append("train, val or test has no labels: only the health of the features was measured")
+    health = [scores.health for name in COLUMNS if (scores := evaluation.encoders.get(name)) and scores.health]
+    for key in ("effective_rank", "alignment", "uniformity"):
+        lines.append(f"{key.replace('_', ' '):<26}" + "".join(f"{getattr(each, key):>22.2f}" for each in health))
     return "\n".join(lines)
 
 
-def rows(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Return the name of each accuracy that was measured, without `_top1`, and what to call it."""
-    few = few_labels(metrics)
-    calls = {"linear": "linear probe", "knn": "weighted kNN", **{name: few_words(name) for name in few}}
-    calls |= {f"finetuned_{name}": f"fine-tuned, {few_words(name)}" for name in few}
-    calls["supervised"] = "supervised, all labels"
-    return [(name, text) for name, text in calls.items() if f"{name}_top1" in metrics]
-
-
-def few_labels(metrics: Mapping[str, float]) -> dict[str, int]:
-    """Return the few-label settings by name, `labels_N` or `share_N`, with their labelled images, by rising number."""
-    found = {
-        name.removesuffix("_images"): int(images)
-        for name, images in metrics.items()
-        if re.fullmatch(r"(labels|share)_.+_images", name)
+def rows(evaluation: Evaluation, finetuning: FineTuning | None) -> dict[str, dict[str, Accuracy]]:
+    """Return the accuracies that were measured, by row title and then by column; rising in the labels they need."""
+    encoders = evaluation.encoders
+    by_title = {
+        "linear probe": {name: scores.linear for name, scores in encoders.items()},
+        "weighted kNN": {name: scores.knn for name, scores in encoders.items()},
     }
-    return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
+    few = {each.budget: each.images for scores in encoders.values() for each in scores.few_labels.values()}
+    for budget in sorted(few, key=lambda budget: rising(budget, few[budget])):
+        of_encoders = {name: scores.few_labels.get(str(budget)) for name, scores in encoders.items()}
+        by_title[words(budget)] = {name: each.linear if each else None for name, each in of_encoders.items()}
+    if finetuning:
+        for each in sorted(finetuning.fine_tuned.values(), key=lambda each: rising(each.budget, each.images)):
+            networks = {"pretrained": each.pretrained.accuracy, "random": each.random.accuracy}
+            by_title[f"fine-tuned, {words(each.budget)}"] = {**networks}
+        if finetuning.supervised:
+            by_title["supervised, all labels"] = {"random": finetuning.supervised.network.accuracy}
+    measured = {
+        title: {name: accuracy for name, accuracy in columns.items() if accuracy} for title, columns in by_title.items()
+    }
+    return {title: columns for title, columns in measured.items() if columns}
 
 
-def columns_of(name: str) -> list[str]:
-    """Return the keys of an accuracy for the pretrained encoder, the random one and pixels."""
-    if name == "supervised":
-        return ["", "supervised_top1", ""]
-    if name.startswith("finetuned_"):
-        return [f"{name}_top1", f"{name.replace('finetuned', 'scratch')}_top1", ""]
-    return [f"{prefix}{name}_top1" for prefix in ("", "random_", "pixels_")]
+def rising(budget: Budget, images: int) -> tuple[int, bool, float]:
+    """Return the sort key of a label budget: its images, then per class before shares."""
+    return images, budget.per_class is None, budget.each
 
 
-def few_words(name: str) -> str:
-    """Put the name of a few-label setting into words."""
-    kind, _, number = name.partition("_")
-    if kind == "share":
-        return f"{number} % of labels"
-    return f"{number} label{'s' if number != '1' else ''} a class"
+def words(budget: Budget) -> str:
+    """Put a label budget into words."""
+    if budget.per_class is None:
+        return f"{budget} of labels"
+    return f"{budget.per_class} label{'s' if budget.per_class != 1 else ''} per class"
 
 
-def columns(figures: Mapping[str, Mapping[str, float]]) -> str:
-    """Return figures of several encoders, by name, as a Markdown table: a column an encoder, a row a figure."""
-    rows = [f"| | {' | '.join(figures)} |", f"|---|{'---|' * len(figures)}"]
-    for key in sorted({key for column in figures.values() for key in column if not key.endswith(("_low", "_high"))}):
-        cells = []
-        for column in figures.values():
-            interval = f" ({column[f'{key}_low']:.1f} to {column[f'{key}_high']:.1f})" if f"{key}_low" in column else ""
-            cells.append(f"{column[key]:.4g}{interval}" if key in column else "")
-        rows.append(f"| {key} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+def columns(candidates: Mapping[str, Candidate]) -> str:
+    """Return what the gate measured of encoders, by name, as Markdown: one column per encoder, one row per figure."""
+    lines = [f"| | {' | '.join(candidates)} |", f"|---|{'---|' * len(candidates)}"]
+    for key, title in {"linear": "linear probe", "knn": "weighted kNN"}.items():
+        accuracies = [getattr(each, key) for each in candidates.values()]
+        if any(accuracies):
+            lines.append(f"| {title} | {' | '.join(str(each or '') for each in accuracies)} |")
+    for key, title in {"effective_rank": "effective rank", "std": "standard deviation"}.items():
+        lines.append(f"| {title} | {' | '.join(f'{getattr(each, key):.4g}' for each in candidates.values())} |")
+    return "\n".join(lines)

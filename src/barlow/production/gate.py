@@ -1,8 +1,8 @@
-"""The gate: may this encoder replace the one in production? Both embed the same images in one run.
+"""The gate: may this encoder replace the one in production?
 
-The linear probe and kNN are learnt afresh for each encoder, from the same train images and with the same settings, and
-read on the same test images. So the two accuracies differ by the images that only one of them gets right, and the
-interval of their difference is far narrower than those of the two.
+Both encoders embed the same images in one run. For each, a linear probe and kNN learn from the same train images with
+the same settings and predict the same test images. The comparison is therefore paired: only images that one encoder
+alone gets right count, and the interval of the difference is far narrower than those of the two accuracies.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from barlow.encoder.encoder import Encoder, Vectors
 from barlow.evaluation import features, intervals, probe
 from barlow.evaluation.exported import embed
 from barlow.evaluation.features import Split, labelled
+from barlow.evaluation.figures import Accuracy, Candidate
 from barlow.settings.params import Params
 from barlow.training import health
 
-HEALTH_IMAGES = 2000  # whose embeddings are looked at for their spread
+HEALTH_IMAGES = 2000  # at most, whose embeddings serve effective rank and standard deviation
 TIMED_RUNS = 51
 
 
@@ -35,29 +36,36 @@ class Check(NamedTuple):
 
     name: str
     passed: bool
-    text: str  # what was found, and the bound
+    text: str  # the measured value and its bound
 
 
 @dataclass(frozen=True)
-class Read:
-    """What an encoder makes of the splits; no labels, no predictions."""
+class Measured:
+    """An encoder's embeddings and, with labels, which test images it gets right."""
 
-    val: Tensor  # float32 (val images, dim)
+    val: Tensor  # float32 (images, dim), of val and then of pretrain
     test: Split
-    right: dict[str, Tensor]  # "linear" and "knn": bool (labelled test images,)
+    right: dict[str, Tensor]  # "linear" and "knn": bool (labelled test images,); empty without labels
 
-    def figures(self) -> dict[str, float]:
-        """Return what a person compares: top-1 in percent with intervals, effective rank and spread."""
-        found = {"effective_rank": health.effective_rank(self.val), "std": health.spread(self.val)}
-        for name, right in self.right.items():
-            top1 = 100 * float(right.double().mean())
-            low, high = intervals.wilson_interval(top1, len(right))
-            found |= {f"{name}_top1": top1, f"{name}_top1_low": low, f"{name}_top1_high": high}
-        return found
+    def candidate(self) -> Candidate:
+        """Return the figures that a person compares."""
+        return Candidate(
+            linear=_accuracy(self.right.get("linear")),
+            knn=_accuracy(self.right.get("knn")),
+            effective_rank=health.effective_rank(self.val),
+            std=health.spread(self.val),
+        )
 
 
-def read(encoder: Encoder, params: Params) -> Read:
-    """Embed the splits and, where train, val and test all have labels, learn from train and predict test.
+def _accuracy(right: Tensor | None) -> Accuracy | None:
+    if right is None:
+        return None
+    top1 = 100 * float(right.double().mean())
+    return Accuracy(top1, *intervals.wilson_interval(top1, len(right)))
+
+
+def measure(encoder: Encoder, params: Params) -> Measured:
+    """Embed the splits; if train, val and test all have labels, learn from train and predict test.
 
     Raises:
         GateError: an embedding is not finite; the message names the image.
@@ -69,36 +77,36 @@ def read(encoder: Encoder, params: Params) -> Read:
         test = embed(encoder, islice(webdataset.read(webdataset.tars("test")), HEALTH_IMAGES))
     right = {}
     if train.keys and val.keys and test.keys and int(test.labels[0]) >= 0:
-        found = probe.predict(train[:2], val[:2], test.features, classes, p.probe_l2, p.knn_k, p.knn_temperature)
-        right = {"linear": found.linear == test.labels, "knn": found.knn == test.labels}
-    tars = [tar for split in ("val", "pretrain") for tar in webdataset.tars(split)]  # few may be held out
-    return Read(embed(encoder, islice(webdataset.read(tars), HEALTH_IMAGES)).features, test, right)
+        predicted = probe.predict(train[:2], val[:2], test.features, classes, p.probe_l2, p.knn_k, p.knn_temperature)
+        right = {"linear": predicted.linear == test.labels, "knn": predicted.knn == test.labels}
+    tars = [tar for split in ("val", "pretrain") for tar in webdataset.tars(split)]  # val alone may be too small
+    return Measured(embed(encoder, islice(webdataset.read(tars), HEALTH_IMAGES)).features, test, right)
 
 
-def alone(test: Split, figures: dict[str, float], size: int, params: Params) -> Iterator[Check]:
-    """Yield what an encoder must be, whatever is in production; `figures` are `Read`'s, `size` is in bytes."""
+def alone(test: Split, candidate: Candidate, size: int, params: Params) -> Iterator[Check]:
+    """Yield the checks that do not depend on the encoder in production; `size` is in bytes."""
     p = params.promote
     yield _at_least(
-        "health: effective rank", figures["effective_rank"], p.min_effective_rank, "promote.min_effective_rank"
+        "health: effective rank", candidate.effective_rank, p.min_effective_rank, "promote.min_effective_rank"
     )
-    yield _at_least("health: standard deviation", figures["std"], p.min_std, "promote.min_std")
+    yield _at_least("health: standard deviation", candidate.std, p.min_std, "promote.min_std")
     yield parity(test, params.export.min_cosine)
     yield Check("size", size <= p.max_bytes, f"{size:,} bytes, at most promote.max_bytes={p.max_bytes:,}")
 
 
 def parity(test: Split, min_cosine: float) -> Check:
-    """Compare onnxruntime's embeddings of the test images with those that torch left in data/features."""
-    wanted = features.load("pretrained", "test")
-    if wanted.keys != test.keys or wanted.features.shape != test.features.shape:
+    """Compare onnxruntime's embeddings of the test images with torch's, which are in data/features."""
+    in_torch = features.load("pretrained", "test")
+    if in_torch.keys != test.keys or in_torch.features.shape != test.features.shape:
         return Check("parity", False, f"{files.FEATURES} are of other images or another encoder; run `dvc repro`")
     if not test.keys:
-        return Check("parity", True, "no test images; `barlow export` has compared others")
-    cosine = float(torch.nn.functional.cosine_similarity(test.features.double(), wanted.features.double()).min())
+        return Check("parity", True, "no test images; `barlow export` compared other images")
+    cosine = float(torch.nn.functional.cosine_similarity(test.features.double(), in_torch.features.double()).min())
     return _at_least("parity: smallest cosine to torch", cosine, min_cosine, "export.min_cosine")
 
 
-def against(challenger: Read, champion: Read, params: Params) -> Iterator[Check]:
-    """Yield whether the challenger is not worse: the paired interval of the difference lies above -promote.margin."""
+def against(challenger: Measured, champion: Measured, params: Params) -> Iterator[Check]:
+    """Check that the challenger is not worse: the paired interval of the difference lies above -promote.margin."""
     margin = params.promote.margin
     for name, right in challenger.right.items():
         better = int((right & ~champion.right[name]).sum())
@@ -112,7 +120,7 @@ def against(challenger: Read, champion: Read, params: Params) -> Iterator[Check]
 
 
 def same_classes(challenger: Encoder, champion: Encoder, allowed: bool) -> Iterator[Check]:
-    """Yield a check where the lists of classes, which the logits are of, are not the same."""
+    """Yield a failed or allowed check if the two encoders' logits are of different lists of classes."""
     if challenger.classes != champion.classes:
         before, after = (", ".join(encoder.classes or ["none"]) for encoder in (champion, challenger))
         setting = f"promote.allow_other_classes={str(allowed).lower()}"
@@ -120,7 +128,7 @@ def same_classes(challenger: Encoder, champion: Encoder, allowed: bool) -> Itera
 
 
 def latency(challenger: Encoder, champion: Encoder | None, params: Params) -> Iterator[Check]:
-    """Time one image alone, both encoders in turn, at the size that the challenger works at."""
+    """Time single images at the challenger's image size, both encoders in turn."""
     p, side = params.promote, int(challenger.metadata.get("image_size", 224))
     picture = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
     encoders = [challenger] if champion is None else [challenger, champion]
@@ -129,7 +137,7 @@ def latency(challenger: Encoder, champion: Encoder | None, params: Params) -> It
         for encoder, taken in zip(encoders, times, strict=True):
             start = time.perf_counter()
             encoder.embed(picture)
-            taken += [1000 * (time.perf_counter() - start)] * (run > 0)  # the first one allocates
+            taken += [1000 * (time.perf_counter() - start)] * (run > 0)  # the first run allocates
     own, *others = map(statistics.median, times)
     text = f"{own:.2f} ms, at most promote.max_latency_ms={p.max_latency_ms:g}"
     yield Check("latency", own <= p.max_latency_ms, text)
@@ -139,11 +147,11 @@ def latency(challenger: Encoder, champion: Encoder | None, params: Params) -> It
 
 
 def reference(encoder: Encoder, n: int) -> Vectors:
-    """Return the embeddings of `n` of the images that were pretrained on, drawn with a fixed seed."""
+    """Return the embeddings of `n` pretraining images, drawn with a fixed seed."""
     samples = webdataset.Samples(webdataset.tars("pretrain"))
     chosen = np.sort(np.random.default_rng(0).permutation(len(samples))[:n])
     return encoder.embed(images.decode(data.tobytes()) for data in samples.read(chosen))
 
 
-def _at_least(name: str, found: float, bound: float, key: str) -> Check:
-    return Check(name, found >= bound, f"{found:.6g}, at least {key}={bound:g}")  # a NaN does not pass
+def _at_least(name: str, value: float, bound: float, key: str) -> Check:
+    return Check(name, value >= bound, f"{value:.6g}, at least {key}={bound:g}")  # a NaN does not pass

@@ -1,4 +1,4 @@
-"""What a page draws as lines and points, laid out for SVG."""
+"""Lay out lines and points of a page's charts for SVG."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-PLOT = (54, 8, 390, 160)  # left, top, right and bottom of a chart's plotted area, in SVG units
-TALL = (40, 10, 470, 250)  # the same of a larger chart
-SHIFT = 4  # SVG units between series at one place
+PLOT = (54, 8, 390, 160)  # plotted area of a small chart: left, top, right and bottom in SVG units
+TALL = (40, 10, 470, 250)  # plotted area of a large chart
+SHIFT = 4  # SVG units between the marks of series at the same x
 
 
 class Point(NamedTuple):
-    """A measured mean, what it is measured on, and its spread."""
+    """A measured mean with its interval."""
 
     x: float  # above 0
     y: float
-    low: float  # of the 95 % interval
+    low: float  # ends of the 95 % interval
     high: float
-    dots: Sequence[float] = ()  # the single measurements
+    dots: Sequence[float] = ()  # the single measurements behind the mean
 
 
 def curves(series: Sequence[Sequence[float]], log: bool) -> dict[str, Any]:
-    """Lay out curves of a value an epoch each: SVG points, and (place, text) of the ticks of both axes.
+    """Lay out curves with one value per epoch: SVG points, and (place, text) of the ticks of both axes.
 
-    The axis is linear from 0, or with `log` logarithmic over the values' range, if all are above 0.
+    The vertical axis is linear from 0. With `log` it is logarithmic over the values' range, if all are above 0.
     """
     left, top, right, bottom = PLOT
     values = [value for line in series for value in line]
@@ -51,7 +51,7 @@ def curves(series: Sequence[Sequence[float]], log: bool) -> dict[str, Any]:
 
 
 def points(series: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
-    """Lay out measured points, from 0 to 100 percent, over the logarithm of x."""
+    """Lay out measured points: y from 0 to 100 percent, x logarithmic."""
     left, top, right, bottom = TALL
     everything = [point for line in series.values() for point in line]
     xs = sorted({point.x for point in everything})
@@ -84,7 +84,7 @@ def points(series: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
 
 
 def apart(values: Iterable[float], place: Callable[[float], float], gap: float = 34) -> list[float]:
-    """Return the values whose places, in SVG units, leave room for the text of the one before."""
+    """Drop the values whose place is nearer than `gap` SVG units to the one kept before: their texts would overlap."""
     kept: list[float] = []
     for value in values:
         if not kept or place(value) - place(kept[-1]) >= gap:
@@ -93,7 +93,7 @@ def apart(values: Iterable[float], place: Callable[[float], float], gap: float =
 
 
 def ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Return the multiples of 1, 2 or 5 times a power of ten in [low, high], at most about `wanted`."""
+    """Return about `wanted` ticks in [low, high]: multiples of 1, 2 or 5 times a power of ten."""
     if high <= low:
         return [low]
     smallest = (high - low) / wanted
@@ -103,16 +103,16 @@ def ticks(low: float, high: float, wanted: int) -> list[float]:
 
 
 def decades(low: float, high: float) -> list[float]:
-    """Return the powers of ten in [low, high], with 2 and 5 times them where there are few."""
+    """Return the powers of ten in [low, high]; if they are few, 2 and 5 times them as well."""
     exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(exponents) <= 3 else (1,)
     return [value for e in exponents for m in factors if low <= (value := float(f"{m}e{e}")) <= high]
 
 
 def shape(number: int, x: float, y: float, r: float) -> str:
-    """Return the SVG path of a mark: circle, triangle, square, diamond or inverted triangle, all about as large.
+    """Return the SVG path of a mark: circle, triangle, square, diamond or inverted triangle, all of about one size.
 
-    Labels have ten colours; so fifty of them look different.
+    With the ten colours of labels, the five shapes make fifty different marks.
     """
     i = max(number, 0)
     kind = (i + i // 10) % 5

@@ -1,4 +1,4 @@
-"""Which images the report shows: a map of the test images, nearest neighbours, examples; and their pixels."""
+"""The images that the report shows: a map of the test images, nearest neighbours, examples per class."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from barlow.evaluation import features
 from barlow.reporting import pictures
 
 MAPPED = 1000  # images on the map, at most
-TILE = 40  # px, of an image on the map's sheet
+TILE = 40  # px, side of an image on the map's sheet
 PERPLEXITY = 30
-QUERIES = 2000  # images whose neighbours are looked at
-NEIGHBOURS = 6  # of each image that is shown
-EXAMPLES = 6  # of each class
-CLASSES = 10  # that examples are shown of
+QUERIES = 2000  # images whose neighbours are searched
+NEIGHBOURS = 6  # per query image
+EXAMPLES = 6  # per class
+EXAMPLE_CLASSES = 10  # classes with examples, at most
 
 Positions = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -46,11 +46,11 @@ def load(split: str, keys: Iterable[str]) -> dict[str, images.Pixels]:
 
 
 def embedding_map(test: features.Split, classes: list[str]) -> dict[str, Any] | None:
-    """Lay the first test images out on a plane, similar ones close, and put them on one sheet.
+    """Lay out the first test images on a plane, similar ones close together, and put their pixels on one sheet.
 
     Returns:
         `points`: (x, y in percent of a square, number on the sheet, label), by class and then from left to right;
-        None where there are too few images to lay out.
+        None if there are too few images to lay out.
     """
     n = min(MAPPED, len(test.keys))
     if n < 4:
@@ -70,11 +70,11 @@ def embedding_map(test: features.Split, classes: list[str]) -> dict[str, Any] | 
 
 
 def plane(vectors: Tensor) -> Positions:
-    """Return (n, 2) places in 3 to 97 by t-SNE of the vectors' directions; the same for the same vectors."""
+    """Return (n, 2) places in 3 to 97 by t-SNE of the vectors' directions; the same vectors give the same places."""
     unit = functional.normalize(vectors.float()).numpy()
-    init = "pca" if np.ptp(unit, axis=0).max() > 1e-6 else "random"  # collapsed features have no components
+    init = "pca" if np.ptp(unit, axis=0).max() > 1e-6 else "random"  # collapsed features have no principal components
     tsne = TSNE(init=init, random_state=0, perplexity=min(PERPLEXITY, len(unit) / 4))
-    with threadpool_limits(1):  # with more its sums, and so the map, differ from run to run; and they are the slower
+    with threadpool_limits(1):  # more threads sum in another order each run: the map would differ; and are slower
         places = tsne.fit_transform(unit).astype(np.float64)
     low, high = places.min(0), places.max(0)
     placed: Positions = 50 + 94 * (places - (low + high) / 2) / (max(high - low) or 1.0)
@@ -82,10 +82,10 @@ def plane(vectors: Tensor) -> Positions:
 
 
 def neighbours(test: features.Split, n: int) -> dict[str, list[dict[str, Any]]]:
-    """Return the `best` and the `worst` test images, about `n` in all, with those nearest to each by cosine similarity.
+    """Return the `best` and the `worst` test images, about `n` in all, each with its nearest by cosine similarity.
 
-    With labels the best have the most neighbours of their own class and of those the most similar ones, and the worst
-    the fewest and again the most similar; without, similarity alone decides. A class comes again only after all others.
+    With labels, the best have the most neighbours of their own class and the worst the fewest; ties go to the more
+    similar neighbours. Without labels, similarity alone decides. No class appears again before all others have.
     """
     k = min(NEIGHBOURS, len(test.keys) - 1)
     if k < 1:
@@ -99,7 +99,7 @@ def neighbours(test: features.Split, n: int) -> dict[str, list[dict[str, Any]]]:
         if same is None
         else {"best": -same - alike / 4, "worst": same - alike / 4}
     )
-    found, taken = {}, set[int]()
+    chosen, taken = {}, set[int]()
     for kind, rank in ranks.items():
         rows = list[dict[str, Any]]()
         for i in in_turn(rank.argsort(stable=True).tolist(), labels.tolist()):
@@ -109,24 +109,24 @@ def neighbours(test: features.Split, n: int) -> dict[str, list[dict[str, Any]]]:
                 taken.add(i)
                 score = {"same": None if same is None else int(same[i]), "similarity": float(alike[i])}
                 rows.append({"images": [i, *nearest[i].tolist()], **score})
-        found[kind] = rows
-    return found
+        chosen[kind] = rows
+    return chosen
 
 
 def most_similar(vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return similarity and number, (queries, k) each, of the other images most similar to each of the first."""
+    """Return similarities and numbers, (queries, k) each, of the other images most similar to each query image."""
     unit = functional.normalize(vectors.float())
     parts = []
     for start in range(0, min(QUERIES, len(unit)), 256):
         rows = torch.arange(start, min(start + 256, QUERIES, len(unit)))
         similarity = unit[rows] @ unit.T
-        similarity[torch.arange(len(rows)), rows] = -torch.inf  # not itself
+        similarity[torch.arange(len(rows)), rows] = -torch.inf  # an image is not its own neighbour
         parts.append(similarity.topk(k))
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 def in_turn(order: list[int], labels: list[int]) -> Iterator[int]:
-    """Yield numbers in their order, but none of a class before all classes had as many."""
+    """Yield the numbers in their order, but one per class and round: no class is ahead by more than one."""
     seen: dict[int, int] = {}
     rounds: dict[int, list[int]] = {}
     for i in order:
@@ -137,13 +137,14 @@ def in_turn(order: list[int], labels: list[int]) -> Iterator[int]:
 
 
 def examples(train: features.Split, classes: list[str]) -> list[dict[str, Any]]:
-    """Return some images of some classes: of train, or without labels of pretrain."""
+    """Return images of some classes of train; without labels, images of pretrain."""
     if not train.keys:
         samples = webdataset.Samples(webdataset.tars("pretrain"))
         keys = samples.keys(np.arange(min(len(samples), 3 * EXAMPLES)))
         return [{"name": None, "keys": keys, "pixels": load("pretrain", keys)}]
     present = sorted(set(train.labels.tolist()))
-    chosen = [present[i] for i in np.linspace(0, len(present) - 1, min(CLASSES, len(present))).round().astype(int)]
+    evenly = np.linspace(0, len(present) - 1, min(EXAMPLE_CLASSES, len(present))).round().astype(int)
+    chosen = [present[i] for i in evenly]
     by_class: dict[int, list[str]] = {label: [] for label in chosen}
     for key, label in zip(train.keys, train.labels.tolist(), strict=True):
         if len(by_class.get(label, range(EXAMPLES))) < EXAMPLES:

@@ -1,4 +1,4 @@
-"""The templates beside this module, `*.j2`, filled in; they escape whatever is put into them."""
+"""Fill in the templates/*.j2 beside this module; they escape every value."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from barlow.core import files
 from barlow.reporting import charts, pictures
 
-CURVES = files.REPORTS / "pretrain/plots/metrics"  # that pretrain logged
-LOGARITHMIC = ("loss", "invariance", "redundancy")  # of these; the others are drawn from 0
+CURVES = files.REPORTS / "pretrain/plots/metrics"  # one TSV file per curve, written by pretrain
+LOGARITHMIC = ("loss", "invariance", "redundancy")  # curves on a logarithmic axis; the others are drawn from 0
 
 
 def write(path: Path, template: str, page: Mapping[str, Any]) -> None:
-    """Fill a template in and write it, whole or not at all."""
+    """Fill in a template and write the page, whole or not at all."""
     environment = Environment(
         loader=PackageLoader("barlow", "reporting/templates"),
         autoescape=True,
@@ -35,12 +35,12 @@ def write(path: Path, template: str, page: Mapping[str, Any]) -> None:
 
 
 def printable(text: str) -> str:
-    """Spell out line ends, marks that turn the reading direction and the like, which a file's name may hold."""
+    """Escape line ends, marks that turn the reading direction and the like; a file's name may hold them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def figure(value: Any, digits: int = 4) -> str:
-    """Write a figure so that it can be read: a few digits, thousands apart, a true minus."""
+    """Format a figure for people: few digits, thousands separated, a true minus."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -57,5 +57,5 @@ def read_table(path: Path, delimiter: str = ",") -> list[list[str]]:
 
 
 def curve(text: str) -> list[float]:
-    """Return the values, one an epoch, of a TSV file that pretrain logged."""
+    """Return the values of a curve's TSV file, one per epoch."""
     return [float(line.split("\t")[1]) for line in text.splitlines()[1:]]

@@ -1,4 +1,4 @@
-"""Pictures that a page holds whole: matrices in colour, thumbnails, many thumbnails as one sheet."""
+"""Pictures inside a page as data: addresses: matrices in colour, thumbnails, sheets of thumbnails."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from PIL import Image, ImageOps
 
 from barlow.core import images
 
-DIVERGING = ("#1b4f9c", "#8fb4e0", "#ffffff", "#eba183", "#a8321a")  # evenly over -1 to 1
-SHADES = ("#ffffff", "#8fb4e0", "#1b4f9c")  # evenly over 0 to 1
+DIVERGING = ("#1b4f9c", "#8fb4e0", "#ffffff", "#eba183", "#a8321a")  # spread evenly over -1 to 1
+SHADES = ("#ffffff", "#8fb4e0", "#1b4f9c")  # spread evenly over 0 to 1
 
 
 def matrix(values: np.ndarray[Any, Any], low: float, high: float, colors: Sequence[str]) -> str:
-    """Draw a matrix, a pixel an entry, in `colors` spread evenly over low to high; return its address."""
+    """Draw a matrix, one pixel per entry, in `colors` spread evenly over low to high; return its address."""
     stops = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in colors])
     at = np.linspace(low, high, len(stops))
     channels = [np.interp(values, at, stops[:, channel]) for channel in range(3)]
@@ -26,7 +26,7 @@ def matrix(values: np.ndarray[Any, Any], low: float, high: float, colors: Sequen
 
 
 def thumbnail(pixels: images.Pixels, side: int = images.THUMBNAIL) -> str:
-    """Return the address of an image (height, width, 3), shrunk where it is larger than `side`."""
+    """Return the address of an image (height, width, 3), shrunk if it is larger than `side`."""
     return address(images.jpeg(pixels, side))
 
 
@@ -36,7 +36,7 @@ def address(file: bytes, kind: str = "jpeg") -> str:
 
 
 def sheet(pictures: Sequence[images.Pixels], tile: int) -> tuple[str, int]:
-    """Put pictures side by side as squares of `tile` px, cut to their middle; return the address and the columns."""
+    """Put the pictures' centre squares side by side, `tile` px each; return the address and the number of columns."""
     columns = math.ceil(math.sqrt(len(pictures)))
     whole = Image.new("RGB", (columns * tile, math.ceil(len(pictures) / columns) * tile))
     for i, pixels in enumerate(pictures):

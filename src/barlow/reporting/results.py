@@ -1,94 +1,138 @@
-"""What was measured, as the report tells it: methods, few labels, confusion, classes, claims."""
+"""The measurements as the report shows them: methods, label budgets, confusion, classes, claims."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from barlow.evaluation import intervals, tables
+from barlow.evaluation.figures import Accuracy, Budget, Evaluation, FineTuning
 from barlow.reporting import charts, pictures
 
-Metrics = Mapping[str, float]
-ENCODERS = {"": "pretrained", "random_": "random encoder", "pixels_": "raw pixels"}
-NETWORKS = {"finetuned_": "pretrained, then fine-tuned", "scratch_": "from random weights"}
+ENCODERS = {"pretrained": "pretrained", "random": "random encoder", "pixels": "raw pixels"}
+NETWORKS = {"pretrained": "pretrained, then fine-tuned", "random": "from random weights"}
 MISTAKES = 8  # kinds of mistake that are listed
-CLASSES = 15  # best, and as many worst, of the classes where there are more than twice as many
+LISTED_CLASSES = 15  # best classes that are listed, and as many worst ones
 
 
-def settings(metrics: Metrics) -> dict[str, tuple[str, int]]:
-    """Return title and labelled images of each few-label setting, and of `linear`, all labels, by rising number."""
-    found = {"linear": ("all", int(metrics.get("train_images", 0)))}
-    for name, images in tables.few_labels(metrics).items():
-        kind, _, amount = name.partition("_")
-        found[name] = (f"{amount} a class" if kind == "labels" else f"{amount} %", images)
-    measured = {name: value for name, value in found.items() if f"{name}_top1" in metrics}
-    return dict(sorted(measured.items(), key=lambda item: (item[1][1], item[0])))
+class Measured(NamedTuple):
+    """An accuracy and its dotted name in its JSON file."""
+
+    key: str
+    accuracy: Accuracy
 
 
-def methods(metrics: Metrics) -> list[dict[str, Any]]:
-    """Return every accuracy in groups by the labels used, each by what learns from them, each {key: method}."""
+class Row(NamedTuple):
+    """A label budget, and the linear probes that were fitted on it."""
 
-    def each(names: Mapping[str, str], setting: str) -> dict[str, str]:
-        return {key: name for prefix, name in names.items() if (key := f"{prefix}{setting}_top1") in metrics}
+    title: str
+    images: int  # labelled ones
+    budget: Budget | None  # None: all labels of train
+    probes: dict[str, Measured]  # by encoder
 
-    supervised = {"supervised_top1": "supervised network"} if "supervised_top1" in metrics else {}
+
+def label_budgets(evaluation: Evaluation) -> list[Row]:
+    """Return the measured label budgets, all labels of train among them, by rising number of images."""
+    encoders = evaluation.encoders
+    probes = {
+        name: Measured(f"encoders.{name}.linear", scores.linear) for name, scores in encoders.items() if scores.linear
+    }
+    rows = [Row("all", evaluation.images.train, None, probes)] if probes else []
+    budgets = {each.budget: each.images for scores in encoders.values() for each in scores.few_labels.values()}
+    for budget, images in budgets.items():
+        probes = {
+            name: Measured(f"encoders.{name}.few_labels.{budget}.linear", scores.few_labels[str(budget)].linear)
+            for name, scores in encoders.items()
+            if str(budget) in scores.few_labels
+        }
+        rows.append(Row(str(budget), images, budget, probes))
+    return sorted(rows, key=lambda row: tables.rising(row.budget, row.images) if row.budget else (row.images, False, 0))
+
+
+def methods(evaluation: Evaluation, finetuning: FineTuning) -> list[dict[str, Any]]:
+    """Return the accuracies in groups by the labels used: title, images and parts, {what learns: {method: Measured}}.
+
+    The chart and its table alone show budgets of labels per class.
+    """
+    rows = label_budgets(evaluation)
+    knn = {
+        ENCODERS[name]: Measured(f"encoders.{name}.knn", scores.knn)
+        for name in ENCODERS
+        if (scores := evaluation.encoders.get(name)) and scores.knn
+    }
+    supervised = {}
+    if finetuning.supervised:
+        accuracy = finetuning.supervised.network.accuracy
+        supervised["supervised network"] = Measured("supervised.network.accuracy", accuracy)
+
+    def probes(budget: Budget | None) -> dict[str, Measured]:
+        measured = next((row.probes for row in rows if row.budget == budget), {})
+        return {title: measured[name] for name, title in ENCODERS.items() if name in measured}
+
     frozen, whole = "Linear probe on frozen features", "The whole network, trained"
-    knn = each(ENCODERS, "knn")
-    parts = {frozen: each(ENCODERS, "linear"), "Weighted kNN on frozen features": knn, whole: supervised}
-    groups = [("All labels of train", int(metrics.get("train_images", 0)), parts)]
-    known = settings(metrics)
-    shares = {m[1] for key in metrics if (m := re.fullmatch(r"(?:finetuned_|scratch_)?(share_.+)_top1", key))}
-    for share in sorted(shares, key=lambda name: -float(name.removeprefix("share_"))):
-        parts = {frozen: each(ENCODERS, share), whole: each(NETWORKS, share)}
-        title = f"{share.removeprefix('share_')} % of the labels"
-        groups.append((title, known[share][1] if share in known else 0, parts))
+    parts = {frozen: probes(None), "Weighted kNN on frozen features": knn, whole: supervised}
+    groups = [("All labels of train", evaluation.images.train, parts)]
+    shares = {row.budget: row.images for row in rows if row.budget and row.budget.share}
+    shares |= {each.budget: each.images for each in finetuning.fine_tuned.values()}
+    for budget in sorted(shares, key=lambda budget: -budget.each):
+        parts = {frozen: probes(budget), whole: _networks(finetuning, budget)}
+        groups.append((f"{budget} of the labels", shares[budget], parts))
     return [
         {"title": title, "images": images, "parts": {part: rows for part, rows in parts.items() if rows}}
         for title, images, parts in groups
     ]
 
 
-def few_labels(metrics: Metrics, draws: Iterable[Sequence[str]]) -> dict[str, Any]:
-    """Return the chart of accuracy over labelled images, and the settings of its table; None and none without labels.
-
-    `draws` are rows of reports/few_labels.csv: encoder, setting, images, draw, top1.
-    """
-    single: dict[tuple[str, str], list[float]] = {}
-    for encoder, setting, _, _, top1 in draws:
-        single.setdefault((encoder, setting), []).append(float(top1))
-    known = settings(metrics)
-    once = {images: name for name, (_, images) in reversed(known.items())}  # of two with as many images, the first
-
-    def point(key: str, images: int, dots: Sequence[float] = ()) -> charts.Point:
-        return charts.Point(images, metrics[key], metrics[f"{key}_low"], metrics[f"{key}_high"], dots)
-
-    series = {}
-    for prefix, title in ENCODERS.items():
-        dots = {name: single.get((prefix.rstrip("_") or "pretrained", name), ()) for name in known}
-        places = [(f"{prefix}{name}_top1", images, dots[name]) for images, name in sorted(once.items())]
-        series[title] = [point(*place) for place in places if place[0] in metrics]
-    for prefix, title in NETWORKS.items():
-        shares = [(f"{prefix}{name}_top1", images) for name, (_, images) in known.items()]
-        series[title] = [point(*place) for place in shares if place[0] in metrics]
-    series["supervised"] = (
-        [point("supervised_top1", known["linear"][1])] if {"supervised_top1", "linear_top1"} <= {*metrics} else []
-    )
-    series = {title: line for title, line in series.items() if line}
+def _networks(finetuning: FineTuning, budget: Budget) -> dict[str, Measured]:
+    each = finetuning.fine_tuned.get(str(budget))
+    if not each:
+        return {}
+    networks = {"pretrained": each.pretrained, "random": each.random}
     return {
-        "chart": charts.points(series) if series else None,
-        "settings": [(title, images, name) for name, (title, images) in known.items()],
+        title: Measured(f"fine_tuned.{budget}.{start}.accuracy", networks[start].accuracy)
+        for start, title in NETWORKS.items()
     }
 
 
-def confusion(pairs: Sequence[Sequence[str]], classes: list[str]) -> dict[str, Any] | None:
-    """Return what (actual, predicted) classes of the test images come to; None where nothing was predicted.
+def few_labels(evaluation: Evaluation, finetuning: FineTuning, draws: Iterable[Sequence[str]]) -> dict[str, Any] | None:
+    """Lay out the accuracy over the number of labelled images as a chart; None without labels.
 
-    `counts` and `shares` of the actual class are (actual, predicted); `mistakes` are the most frequent, each with the
-    numbers of its images.
+    `draws` are rows of reports/few_labels.csv: encoder, budget, images, draw, top1.
+    """
+    single: dict[tuple[str, str], list[float]] = {}
+    for encoder, budget, _, _, top1 in draws:
+        single.setdefault((encoder, budget), []).append(float(top1))
+    rows = label_budgets(evaluation)
+    once = {row.images: row for row in reversed(rows)}  # of two budgets with as many images, the first
+
+    def point(images: int, accuracy: Accuracy, dots: Sequence[float] = ()) -> charts.Point:
+        return charts.Point(images, accuracy.top1, accuracy.low, accuracy.high, dots)
+
+    series = {
+        title: [
+            point(images, row.probes[name].accuracy, single.get((name, str(row.budget)), ()))
+            for images, row in sorted(once.items())
+            if name in row.probes
+        ]
+        for name, title in ENCODERS.items()
+    }
+    tuned = sorted(finetuning.fine_tuned.values(), key=lambda each: tables.rising(each.budget, each.images))
+    for title in NETWORKS.values():
+        series[title] = [point(each.images, _networks(finetuning, each.budget)[title].accuracy) for each in tuned]
+    if finetuning.supervised:
+        series["supervised"] = [point(evaluation.images.train, finetuning.supervised.network.accuracy)]
+    series = {title: line for title, line in series.items() if line}
+    return charts.points(series) if series else None
+
+
+def confusion(pairs: Sequence[Sequence[str]], classes: list[str]) -> dict[str, Any] | None:
+    """Count pairs (actual, predicted) of the test images' classes; None if nothing was predicted.
+
+    `counts` and `shares` (of the actual class) are matrices [actual][predicted]; `mistakes` are the most frequent ones,
+    each with the numbers of its images.
     """
     if not pairs:
         return None
@@ -109,7 +153,7 @@ def confusion(pairs: Sequence[Sequence[str]], classes: list[str]) -> dict[str, A
 
 
 def by_class(counts: np.ndarray[Any, np.dtype[np.int64]], classes: list[str]) -> list[dict[str, Any]]:
-    """Return recall with its interval, precision and images of each class in the test split, the best first."""
+    """Return recall with its interval, precision and test images of each class, the highest recall first."""
     rows = []
     for i, name in enumerate(classes):
         right, images, predicted = int(counts[i, i]), int(counts[i].sum()), int(counts[:, i].sum())
@@ -123,18 +167,18 @@ def by_class(counts: np.ndarray[Any, np.dtype[np.int64]], classes: list[str]) ->
 
 
 def ends(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return all rows as one list, or where there are many the first and the last ones."""
-    return [rows] if len(rows) <= 2 * CLASSES else [rows[:CLASSES], rows[-CLASSES:]]
+    """Return all rows as one list or, if there are many, the first and the last ones as two."""
+    return [rows] if len(rows) <= 2 * LISTED_CLASSES else [rows[:LISTED_CLASSES], rows[-LISTED_CLASSES:]]
 
 
 def claim(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay a claim's points out as rows over one axis; places are in percent of its width."""
+    """Lay out a claim's points as rows over one axis; places are in percent of the axis' width."""
     measured = [point for point in entry["points"] if point.get("mean") is not None]
-    dots = [[run[entry["metric"]] for run in point["runs"] if entry["metric"] in run] for point in measured]
-    seen = [point[key] for point in measured for key in ("mean", "low", "high")] + [dot for row in dots for dot in row]
-    seen = seen or [0.0]
-    margin = 0.06 * (max(seen) - min(seen)) or 1.0
-    least, most = min(seen) - margin, max(seen) + margin
+    dots = [[run["top1"] for run in point["runs"] if "top1" in run] for point in measured]
+    values = [point[key] for point in measured for key in ("mean", "low", "high")]
+    values = values + [dot for row in dots for dot in row] or [0.0]
+    margin = 0.06 * (max(values) - min(values)) or 1.0
+    least, most = min(values) - margin, max(values) + margin
 
     def place(value: float) -> float:
         share: float = (value - least) / (most - least)
