@@ -65,7 +65,7 @@ def look(backbone: torch.nn.Module, p: params.Params) -> dict[str, float]:
     encoder.backbone.load_state_dict(backbone.state_dict())
     splits = {name: features.embed(encoder, features.labelled(name), CPU) for name in ("train", "val", "test")}
     features.save("pretrained", splits | extract.health(encoder, p, CPU))
-    scores = evaluate.score(splits, len(webdataset.classes()), p.evaluate).scores
+    scores = evaluate.score(splits, len(webdataset.classes()), p.evaluate, "pretrained").scores
     return {"top1": scores.linear.top1, "knn": scores.knn.top1, **asdict(evaluate.measure_health("pretrained"))}
 
 

@@ -154,3 +154,10 @@ def test_progress_is_told_where_there_is_no_terminal(encoder, params, monkeypatc
     monkeypatch.setattr(progress, "SECONDS", 60)
     study.train(None, study.labelled, 0.02, 3)
     assert capsys.readouterr().out == ""
+
+
+def test_without_draws_nothing_is_trained(encoder, params, change, monkeypatch):
+    monkeypatch.setattr(Study, "train", lambda *_: pytest.fail("a network was trained"))
+    finetune.run(change(params, "finetune", draws=0, supervised_budget=0.0))
+    metrics = files.read_json("reports/finetune.json")
+    assert (metrics["fine_tuned"], metrics["supervised"]) == ({}, None)

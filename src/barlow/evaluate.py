@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from barlow.core import files, webdataset
+from barlow.core.progress import shown
 from barlow.core.weights import save_weights
 from barlow.evaluation import features, intervals, probe, tables
 from barlow.evaluation.features import Split
@@ -57,7 +58,7 @@ def run(params: Params) -> None:
     labels = {name: features.load("pretrained", name).labels for name in SPLITS}
     for encoder in ("pretrained", *(BASELINES if params.extract.baselines else ())):
         splits = {name: features.load(encoder, name) for name in SPLITS}
-        results[encoder] = score(splits, len(classes), params.evaluate)
+        results[encoder] = score(splits, len(classes), params.evaluate, encoder)
     evaluation = Evaluation(
         len(classes),
         Images(**{name: int((each >= 0).sum()) for name, each in labels.items()}),
@@ -74,8 +75,8 @@ def run(params: Params) -> None:
     print(tables.table(evaluation, None))
 
 
-def score(splits: dict[str, Split], classes: int, p: Evaluate) -> Result:
-    """Fit the probes and kNN on train, choose on val, and read test once each."""
+def score(splits: dict[str, Split], classes: int, p: Evaluate, encoder: str) -> Result:
+    """Fit the probes and kNN on train, choose on val, and read test once each; `encoder` names the progress."""
     if not all((split.labels >= 0).any() for split in splits.values()):
         return Result(Scores(None, None, None, {}, None), {}, torch.zeros(0, dtype=torch.long), [])
     train, val, test = ((split.features.float(), split.labels) for split in splits.values())
@@ -86,7 +87,8 @@ def score(splits: dict[str, Split], classes: int, p: Evaluate) -> Result:
     )
     few_labels, draws = {}, list[Draw]()
     for budget in budgets(p) if p.draws else ():
-        fitted = [few_label_probe(train, val, test, classes, p, budget, draw) for draw in range(p.draws)]
+        draws_of = shown(range(p.draws), f"{encoder}, {budget}", p.draws, "draw")
+        fitted = [few_label_probe(train, val, test, classes, p, budget, draw) for draw in draws_of]
         top1 = intervals.mean_accuracy([draw.top1 for draw in fitted], len(test[1]))
         few_labels[str(budget)] = FewLabels(budget, fitted[0].images, top1)
         draws += fitted

@@ -40,7 +40,7 @@ def run(params: Params) -> None:
     pretrained = model.load_encoder()[0].backbone.state_dict()
     if all(next(features.labelled(split), None) for split in ("train", "val", "test")):
         study = Study(params)
-        for share in p.label_shares:
+        for share in p.label_shares if p.draws else ():
             budget = Budget(None, share)
             fine_tuned[str(budget)] = study.fine_tune(budget, pretrained)
         if p.supervised_budget > 0:

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
+from barlow.core.progress import Progress
 from barlow.data import manifest
 from barlow.settings.params import Params
 
@@ -114,7 +114,7 @@ def pack_all(tars: dict[Path, list[Source]], root: Path, max_side: int | None) -
     with (
         # Not fork: torch, tqdm or a test runner may have started threads in this process.
         ProcessPoolExecutor(files.cpus(), get_context("forkserver")) as pool,
-        tqdm(total=sum(map(len, tars.values())), desc="shard", unit="image", disable=None) as progress,
+        Progress("shard", sum(map(len, tars.values()))) as progress,
     ):
         jobs = {pool.submit(pack, path, chunk, root, max_side): len(chunk) for path, chunk in tars.items()}
         try:

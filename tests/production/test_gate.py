@@ -16,7 +16,7 @@ def test_it_measures_an_encoder_as_evaluate_does(encoders, smoke):
     encoders("edges")
     measured = gate.measure(Encoder(), smoke)
     splits = {name: gate.embed(Encoder(), gate.labelled(name)) for name in ("train", "val", "test")}
-    wanted = evaluate.score(splits, 4, smoke.evaluate).scores
+    wanted = evaluate.score(splits, 4, smoke.evaluate, "pretrained").scores
     candidate = measured.candidate()
     for kind in ("linear", "knn"):
         assert astuple(getattr(candidate, kind)) == pytest.approx(astuple(getattr(wanted, kind)))

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from tqdm import tqdm
 
 from barlow.core import files, images
 from barlow.core.errors import UserError
+from barlow.core.progress import Progress
 from barlow.data import manifest
 
 FACTS = pa.schema([field for field in manifest.SCHEMA if field.name not in ("path", "split", "label", "bytes")])
@@ -30,14 +30,14 @@ CHUNK = 64  # files per task of a process
 
 
 def read_all(root: Path, paths: list[str], max_pixels: int) -> Generator[pa.RecordBatch, None, None]:
-    """Yield the FACTS of files in order, one batch per chunk; all processors read. Shows a progress bar.
+    """Yield the FACTS of files in order, one batch per chunk; all processors read. Shows progress.
 
     Raises:
         UserError: a process was killed, most likely for lack of memory.
     """
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     read = partial(read_chunk, root, max_pixels=max_pixels)
-    with tqdm(total=len(paths), desc="ingest", unit="image", disable=None) as progress:
+    with Progress("ingest", len(paths)) as progress:
         for chunk, batch in zip(chunks, _map(read, chunks), strict=True):
             progress.update(len(chunk))
             yield batch

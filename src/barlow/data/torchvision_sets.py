@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from barlow.core.errors import UserError
+from barlow.core.progress import shown
 
 DOWNLOAD = Path("data/download")  # kept: a download can resume, and a second ingest needs no network
 ARCHIVES = (".tar", ".gz", ".tgz", ".zip", ".bz2", ".mat", ".xz")
@@ -52,7 +53,6 @@ def write(source: str, out: Path) -> None:
         UserError: the set is unknown, the download failed, or a package that torchvision needs is not installed.
     """
     from torchvision import datasets
-    from tqdm import tqdm
 
     name = check(source)
     folder, done = DOWNLOAD / name, DOWNLOAD / name / ".done"
@@ -66,7 +66,7 @@ def write(source: str, out: Path) -> None:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"ingest.source={source} could not be fetched: {reason}; run again to resume") from error
         classes = _class_names(images)
-        for i in tqdm(range(len(images)), desc=f"{name} {split}".strip(), unit="image", disable=None):
+        for i in shown(range(len(images)), f"{name} {split}".strip(), len(images)):
             image, target = images[i]
             labelled = target is not None and int(target) >= 0
             label = classes.get(int(target), str(int(target))) if labelled else "unlabelled"

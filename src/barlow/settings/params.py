@@ -154,7 +154,7 @@ class Finetune:
 
     seed: Count
     label_shares: tuple[Share, ...]
-    draws: Positive
+    draws: Count
     steps: Positive
     batch_size: Annotated[int, Range(2)]
     lr: tuple[Above0, ...]
