@@ -14,7 +14,7 @@ from barlow.core import files
 from barlow.encoder import encoder as encoder_module
 from barlow.encoder.encoder import Encoder
 from barlow.serving.engine import Answer, Engine, Failure
-from barlow.serving.limits import Refusal
+from barlow.serving.limits import RequestError
 from barlow.serving.metrics import Metrics
 from barlow.settings.flags import Flags
 
@@ -201,7 +201,7 @@ def test_a_full_queue_refuses_the_whole_request_and_keeps_nothing_of_it(watched)
             jobs.append(asyncio.create_task(engine.submit([picture(60, 0, 0)] * 3)))
             await asyncio.sleep(0)
             refused = picture(200, 0, 0)
-            with pytest.raises(Refusal, match="3 images are waiting") as refusal:
+            with pytest.raises(RequestError, match="3 images are waiting") as refusal:
                 await engine.submit([refused, refused])
             assert (refusal.value.status, refusal.value.reason) == (503, "queue")
             assert engine.figure("barlow_queue") == 3
@@ -225,7 +225,7 @@ def test_an_image_past_its_deadline_is_given_up_and_not_computed(watched):
             await encoder.busy()
             jobs.append(asyncio.create_task(engine.submit([png(60, 0, 0)])))
             for job in jobs:
-                with pytest.raises(Refusal, match="no answer within 100 ms") as refusal:
+                with pytest.raises(RequestError, match="no answer within 100 ms") as refusal:
                     await job
                 assert (refusal.value.status, refusal.value.reason) == (503, "deadline")
             assert 0.1 <= time.monotonic() - begun < 5
@@ -395,7 +395,7 @@ def test_a_storm_of_cancelled_refused_and_broken_requests_ends_in_calm(watched):
             await asyncio.sleep(chance.random() / 20)
             try:
                 job = await asyncio.wait_for(engine.submit(images), chance.choice([0.0005, 0.002, 9]))
-            except (asyncio.TimeoutError, Refusal):
+            except (asyncio.TimeoutError, RequestError):
                 return 0
             for answer, colour in zip(job.answers, colours, strict=True):
                 assert isinstance(answer, Failure) or answer.embedding[0] == colour
@@ -422,7 +422,7 @@ def test_an_image_whose_time_is_over_is_let_go_at_once(watched):
             gc.collect()
             gc.disable()
             for image in images:
-                with pytest.raises(Refusal, match="no answer within 50 ms"):
+                with pytest.raises(RequestError, match="no answer within 50 ms"):
                     await engine.submit([image])
             encoder.go.set()
             image = images.clear()

@@ -5,7 +5,7 @@ import pytest
 
 from barlow.encoder.encoder import Encoder
 from barlow.serving import oip
-from barlow.serving.limits import Refusal
+from barlow.serving.limits import RequestError
 from barlow.settings.flags import Flags
 
 KNOWN = ["embedding", "logits"]
@@ -147,7 +147,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize(("document", "status", "message"), MALFORMED, ids=lambda value: ascii(value)[:30])
 def test_malformed_requests_say_where(document, status, message):
-    with pytest.raises(Refusal, match=message) as refused:
+    with pytest.raises(RequestError, match=message) as refused:
         parse(document)
     assert refused.value.status == status
     assert len(str(refused.value)) < 300
@@ -160,7 +160,9 @@ def test_malformed_requests_say_where(document, status, message):
 )
 def test_a_header_that_is_no_length_is_refused(header):
     body, _ = binary(np.zeros((1, 1, 2, 3), np.uint8))
-    with pytest.raises(Refusal, match=r"Inference-Header-Content-Length is .*, not a length of at most the") as refused:
+    with pytest.raises(
+        RequestError, match=r"Inference-Header-Content-Length is .*, not a length of at most the"
+    ) as refused:
         oip.parse(body, header, KNOWN, Flags())
     assert refused.value.status == 400
 
@@ -181,21 +183,21 @@ def test_a_header_that_is_no_length_is_refused(header):
 )
 def test_sizes_that_do_not_agree_are_refused(size, tail, data, message):
     head = json.dumps({"inputs": [tensor(data=data, parameters={"binary_data_size": size})]}).encode()
-    with pytest.raises(Refusal, match=message) as refused:
+    with pytest.raises(RequestError, match=message) as refused:
         parse(head, str(len(head)), bytes(tail))
     assert refused.value.status == 400
 
 
 def test_a_header_that_ends_inside_the_json_is_refused():
     body, header = binary(np.zeros((1, 1, 2, 3), np.uint8))
-    with pytest.raises(Refusal, match="the body is no JSON"):
+    with pytest.raises(RequestError, match="the body is no JSON"):
         oip.parse(body, str(int(header) - 1), KNOWN, Flags())
-    with pytest.raises(Refusal, match="the body is no JSON"):
+    with pytest.raises(RequestError, match="the body is no JSON"):
         oip.parse(body, None, KNOWN, Flags())
 
 
 def test_very_long_strings_for_numbers_cost_nothing():
     """As an array of strings they would take the longest one's memory each."""
     data = ["a"] * 1000 + ["b" * 10_000_000]
-    with pytest.raises(Refusal, match="must be 6 whole numbers"):
+    with pytest.raises(RequestError, match="must be 6 whole numbers"):
         parse({"inputs": [tensor(data=data)]})

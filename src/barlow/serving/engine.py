@@ -19,7 +19,7 @@ from typing import NamedTuple
 from barlow.core import files
 from barlow.core.images import TooManyPixelsError, UnknownFormatError, decode
 from barlow.encoder.encoder import Encoder, Pixels, Vectors
-from barlow.serving.limits import Refusal
+from barlow.serving.limits import RequestError
 from barlow.serving.metrics import Metrics
 from barlow.settings.flags import Flags
 
@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why one image has no answer: the parts of a `Refusal`.
+    """Why one image has no answer: the parts of a `RequestError`.
 
     A value, not an exception: one that was raised holds its traceback, and so the image and all that came with it.
     """
@@ -64,16 +64,16 @@ class Job:
 class Engine:
     """An encoder with its queue and threads. `submit` belongs to the event loop's thread."""
 
-    def __init__(self, encoder: Encoder, settings: Flags, metrics: Metrics) -> None:
+    def __init__(self, encoder: Encoder, flags: Flags, metrics: Metrics) -> None:
         self.encoder = encoder
-        self._settings, self._metrics = settings, metrics
+        self._flags, self._metrics = flags, metrics
         self._queue: deque[tuple[Job, int]] = deque()
         self._changed = threading.Condition()
         self._idle, self._closed = 0, False
         self._jobs = 0  # that are not answered
         self._drained = asyncio.Event()
         self._drained.set()
-        workers = max(files.cpus() // settings.threads, 1)
+        workers = max(files.cpus() // flags.threads, 1)
         self._threads = [threading.Thread(target=self._work, daemon=True, name="barlow") for _ in range(workers)]
         for thread in self._threads:
             thread.start()
@@ -82,14 +82,14 @@ class Engine:
         """Decode and embed images; of each, `answers` has what came of it, in order.
 
         Raises:
-            Refusal: the queue is full, or the time is over.
+            RequestError: the queue is full, or the time is over.
         """
-        loop, seconds = asyncio.get_running_loop(), self._settings.timeout_ms / 1000
+        loop, seconds = asyncio.get_running_loop(), self._flags.timeout_ms / 1000
         job = Job(images, time.monotonic() + seconds, loop, loop.create_future(), left=len(images))
         job.answers = [None] * len(images)
         with self._changed:
-            if len(self._queue) + len(images) > self._settings.max_queue:
-                raise Refusal(503, "queue", f"{len(self._queue)} images are waiting already; try again")
+            if len(self._queue) + len(images) > self._flags.max_queue:
+                raise RequestError(503, "queue", f"{len(self._queue)} images are waiting already; try again")
             self._queue.extend((job, i) for i in range(len(images)))
             self._changed.notify(len(images))
         self._metrics.queue.set(len(self._queue))
@@ -99,7 +99,7 @@ class Engine:
         try:
             await job.done
             if job.left:
-                raise Refusal(503, "deadline", f"no answer within {self._settings.timeout_ms} ms; try again")
+                raise RequestError(503, "deadline", f"no answer within {self._flags.timeout_ms} ms; try again")
         finally:
             timer.cancel()
             job.deadline = 0.0  # where the client is gone, what is left of it is not computed
@@ -119,7 +119,7 @@ class Engine:
 
     def _take(self) -> list[tuple[Job, int]]:
         """Wait for images and return some: a fair share of what waits, so that no other idle thread stays idle."""
-        most, delay = self._settings.max_batch_size, self._settings.max_queue_delay_us / 1e6
+        most, delay = self._flags.max_batch_size, self._flags.max_queue_delay_us / 1e6
         with self._changed:
             self._idle += 1
             while not self._queue and not self._closed:
@@ -161,7 +161,7 @@ class Engine:
                 if begun > job.deadline:
                     answers.append((job, i, Failure(503, "deadline", "the time was over before its turn")))
                     continue
-                image = _decoded(job.images[i], self._settings.max_pixels)
+                image = _decoded(job.images[i], self._flags.max_pixels)
                 if isinstance(image, Failure):
                     answers.append((job, i, image))
                     continue

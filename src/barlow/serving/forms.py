@@ -9,7 +9,7 @@ import orjson
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from barlow.serving.limits import Refusal
+from barlow.serving.limits import RequestError
 
 FIELD = "files"  # of the form
 KEY = "images"  # of the JSON
@@ -20,22 +20,26 @@ def images(content_type: str, body: bytes, most: int) -> tuple[list[str], list[b
     """Return names, as the client gave them, and contents of at least one file and at most `most`.
 
     Raises:
-        Refusal: the content type is another one (415), the body does not follow it (400), or there are more (413).
+        RequestError: the content type is another one (415), the body does not follow it (400), or there are more (413).
     """
     kind, options = parse_options_header(content_type)
     if kind == b"multipart/form-data":
         boundary = options.get(b"boundary")
         if not boundary:
-            raise Refusal(400, "form", "the content type names no boundary; let the client library write that header")
+            raise RequestError(
+                400, "form", "the content type names no boundary; let the client library write that header"
+            )
         found = _from_form(body, boundary, most)
     elif kind == b"application/json":
         found = _from_json(body, most)
     else:
-        raise Refusal(
+        raise RequestError(
             415, "content", f"content type {content_type[:50]!r}; send multipart/form-data or application/json"
         )
     if not found:
-        raise Refusal(400, "form", f"there is no image; name the form's fields `{FIELD}`, or the JSON's key `{KEY}`")
+        raise RequestError(
+            400, "form", f"there is no image; name the form's fields `{FIELD}`, or the JSON's key `{KEY}`"
+        )
     return [name for name, _ in found], [image for _, image in found]
 
 
@@ -60,9 +64,9 @@ def _from_form(body: bytes, boundary: bytes, most: int) -> list[tuple[str, bytes
         headers.clear()
         data.clear()
         if len(found) > most:
-            raise Refusal(413, "images", f"more than the {most} images allowed in a request")
+            raise RequestError(413, "images", f"more than the {most} images allowed in a request")
         if parts > PARTS:
-            raise Refusal(413, "images", f"more than {PARTS} parts in the form")
+            raise RequestError(413, "images", f"more than {PARTS} parts in the form")
 
     ended = False
 
@@ -85,9 +89,11 @@ def _from_form(body: bytes, boundary: bytes, most: int) -> list[tuple[str, bytes
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
-        raise Refusal(400, "form", f"the multipart form is broken: {error}") from None
+        raise RequestError(400, "form", f"the multipart form is broken: {error}") from None
     if not ended:
-        raise Refusal(400, "form", "the multipart form is cut short, or the boundary in its content type is another")
+        raise RequestError(
+            400, "form", "the multipart form is cut short, or the boundary in its content type is another"
+        )
     return found
 
 
@@ -95,13 +101,13 @@ def _from_json(body: bytes, most: int) -> list[tuple[str, bytes]]:
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise Refusal(400, "form", f"the body is no JSON: {error}") from None
+        raise RequestError(400, "form", f"the body is no JSON: {error}") from None
     texts = document.get(KEY) if isinstance(document, dict) else None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise Refusal(400, "form", f'the body must be {{"{KEY}": [base64, ...]}}')
+        raise RequestError(400, "form", f'the body must be {{"{KEY}": [base64, ...]}}')
     if len(texts) > most:
-        raise Refusal(413, "images", f"{len(texts)} images; at most {most} are allowed in a request")
+        raise RequestError(413, "images", f"{len(texts)} images; at most {most} are allowed in a request")
     try:
         return [(f"{KEY}[{i}]", base64.b64decode(text, validate=True)) for i, text in enumerate(texts)]
     except (binascii.Error, ValueError) as error:
-        raise Refusal(400, "form", f"an image is no base64: {error}") from None
+        raise RequestError(400, "form", f"an image is no base64: {error}") from None

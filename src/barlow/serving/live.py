@@ -29,7 +29,7 @@ Seen = tuple[str, int, int, int]
 class Served:
     """A model that passed its checks, with its queue and, if there is one of its space, an index."""
 
-    def __init__(self, path: Path, folder: Path, settings: Flags, metrics: Metrics) -> None:
+    def __init__(self, path: Path, folder: Path, flags: Flags, metrics: Metrics) -> None:
         """Load, check and warm up.
 
         Raises:
@@ -43,13 +43,13 @@ class Served:
             if damage := version.damage():
                 raise UserError(f"{path}: {damage}")
             path = real  # the link may lead elsewhere by now
-        self.encoder = encoder = Encoder(path, settings.threads)
+        self.encoder = encoder = Encoder(path, flags.threads)
         _check(encoder, path)
         self.space = encoder.metadata["space"]
         self.index: Index | None = None
         self._index_path = folder / f"{self.space}.npz"
         self._index_seen: Seen | None = None
-        self.engine = Engine(encoder, settings, metrics)
+        self.engine = Engine(encoder, flags, metrics)
 
     def look_for_index(self) -> bool:
         """Read the index if it is there and another than before; say whether it was. A bad one is logged."""
@@ -68,11 +68,11 @@ class Served:
 class Live:
     """Watches a file, which may be a link (a registry's production/encoder.onnx), and its index."""
 
-    def __init__(self, path: Path, index: Path, settings: Flags, metrics: Metrics) -> None:
+    def __init__(self, path: Path, index: Path, flags: Flags, metrics: Metrics) -> None:
         """Load the model; raises UserError where it cannot be used."""
-        self._path, self._folder, self._settings, self._metrics = path, index, settings, metrics
+        self._path, self._folder, self._flags, self._metrics = path, index, flags, metrics
         self._seen = signature(path)
-        self.current = Served(path, index, settings, metrics)
+        self.current = Served(path, index, flags, metrics)
         self.current.look_for_index()
         self._tell()
 
@@ -91,7 +91,7 @@ class Live:
         if seen != self._seen:
             self._seen = seen
             try:
-                new = await asyncio.to_thread(Served, self._path, self._folder, self._settings, self._metrics)
+                new = await asyncio.to_thread(Served, self._path, self._folder, self._flags, self._metrics)
                 await asyncio.to_thread(new.look_for_index)
             except Exception as error:
                 self._metrics.reloads.labels("refused").inc()

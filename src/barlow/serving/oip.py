@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from barlow.encoder.encoder import Encoder, Pixels, Vectors
-from barlow.serving.limits import Refusal
+from barlow.serving.limits import RequestError
 from barlow.settings.flags import Flags
 
 HEADER = "Inference-Header-Content-Length"
@@ -48,11 +48,11 @@ def metadata(encoder: Encoder, version: str) -> dict[str, Any]:
     }
 
 
-def parse(body: bytes, header: str | None, known: Sequence[str], settings: Flags) -> Request:
+def parse(body: bytes, header: str | None, known: Sequence[str], flags: Flags) -> Request:
     """Read a request body; `header` is the value of HEADER, `known` are the outputs there are.
 
     Raises:
-        Refusal: it does not follow the protocol; the message says where.
+        RequestError: it does not follow the protocol; the message says where.
     """
     length = len(body)
     if header is not None:
@@ -70,7 +70,7 @@ def parse(body: bytes, header: str | None, known: Sequence[str], settings: Flags
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1:
         raise _bad(f"inputs must be a list of one tensor, {INPUT!r}")
-    images = _images(_object(inputs[0], "inputs[0]"), memoryview(body)[length:], settings)
+    images = _images(_object(inputs[0], "inputs[0]"), memoryview(body)[length:], flags)
     default = bool(_object(parameters, "parameters").get("binary_data_output", False))
     wanted = request.get("outputs")
     if wanted is None:
@@ -89,7 +89,7 @@ def parse(body: bytes, header: str | None, known: Sequence[str], settings: Flags
     return Request(name, images, chosen)
 
 
-def _images(tensor: dict[str, Any], binary: memoryview, settings: Flags) -> Pixels:
+def _images(tensor: dict[str, Any], binary: memoryview, flags: Flags) -> Pixels:
     """Return the one input as an array."""
     shape = tensor.get("shape")
     if tensor.get("name") != INPUT or tensor.get("datatype") != "UINT8":
@@ -103,10 +103,10 @@ def _images(tensor: dict[str, Any], binary: memoryview, settings: Flags) -> Pixe
     ):
         raise _bad(f"inputs[0].shape is {_shown(shape)}; it must be [batch, height, width, 3]")
     batch, height, width, _ = shape
-    if batch > settings.max_images:
-        raise Refusal(413, "images", f"{batch} images; at most {settings.max_images} are allowed in a request")
-    if height * width > settings.max_pixels:
-        raise Refusal(413, "pixels", f"{width} x {height} pixels, more than the {settings.max_pixels} allowed")
+    if batch > flags.max_images:
+        raise RequestError(413, "images", f"{batch} images; at most {flags.max_images} are allowed in a request")
+    if height * width > flags.max_pixels:
+        raise RequestError(413, "pixels", f"{width} x {height} pixels, more than the {flags.max_pixels} allowed")
     size = _object(tensor.get("parameters", {}), "inputs[0].parameters").get("binary_data_size")
     if size is not None:
         if "data" in tensor or size != len(binary) or size != math.prod(shape):
@@ -167,5 +167,5 @@ def _shown(value: Any) -> str:
     return f"{reprlib.repr(value):.80}"
 
 
-def _bad(message: str) -> Refusal:
-    return Refusal(400, "protocol", message)
+def _bad(message: str) -> RequestError:
+    return RequestError(400, "protocol", message)
