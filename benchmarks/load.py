@@ -1,7 +1,8 @@
 """`python benchmarks/load.py HOST:PORT FOLDER`: post a folder's JPEGs to a service on this machine.
 
 Closed loop: each connection sends its next request when it has its answer. Open loop (--rate): requests begin at random
-moments (Poisson), whether or not earlier ones are answered, and latency counts from that moment. Prints one JSON line.
+moments (Poisson), whether or not earlier ones are answered, and latency counts from the planned moment. Prints one line
+of JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import uvloop
 
 
 class Connection(asyncio.Protocol):
-    """Sends one request at a time and calls `done(status)` when its answer is there."""
+    """Sends one request at a time and calls `done(status)` when the answer is complete."""
 
     def connection_made(self, transport):
         self.transport, self.buffer, self.missing, self.status = transport, b"", None, 0
@@ -42,7 +43,7 @@ class Connection(asyncio.Protocol):
 
 
 def requests(paths, route):
-    """Return a POST of each file as a multipart form."""
+    """Yield one POST per file, as a multipart form."""
     for path in paths:
         part = f'--b0undary\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n\r\n'
         body = part.encode() + path.read_bytes() + b"\r\n--b0undary--\r\n"
@@ -51,7 +52,7 @@ def requests(paths, route):
 
 
 async def load(host, port, messages, connections, seconds, rate):
-    """Return latencies in seconds, a count of each status, and the seconds it took."""
+    """Return sorted latencies in seconds, the count of each status, and the duration in seconds."""
     loop = asyncio.get_running_loop()
     latencies, statuses = [], Counter()
     end = time.perf_counter() + seconds
@@ -120,7 +121,7 @@ def main():
     parser.add_argument("--route", default="/v1/embed")
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=5)
-    parser.add_argument("--rate", type=float, help="requests a second; without it the loop is closed")
+    parser.add_argument("--rate", type=float, help="requests per second; without it the loop is closed")
     arguments = parser.parse_args()
     host, _, port = arguments.address.partition(":")
     if host not in ("127.0.0.1", "localhost", "[::1]"):

@@ -1,10 +1,11 @@
 """`python benchmarks/serve.py`: `barlow serve` under load, against its ceiling and against LitServe.
 
-For each network: the ceiling (as many threads as processors, each decoding JPEGs and running batches of 32, no HTTP),
-64 connections that post a JPEG each, the same without batching, with int8, and to LitServe with the same file; in
-turn, in rounds. Then latency at 25, 50 and 80 % of that load. The client is another process on the same processors.
+For each network, in interleaved rounds: the ceiling (one thread per processor decodes JPEGs and runs batches of 32, no
+HTTP); `barlow serve` with 64 connections that post one JPEG per request; the same without batching; the same with int8;
+LitServe with the same file. Then the latency at 25, 50 and 80 % of that load. The client is another process on the same
+processors.
 
-`--reloads N` replaces the model N times under load, and twice by a broken one; `--soak SECONDS` keeps the load up.
+`--reloads N` replaces the model N times under load, and twice by a broken one. `--soak SECONDS` keeps the load up.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ LITSERVE = Path(".cache/litserve")
 
 
 def photographs(folder, side, count=128):
-    """Write JPEGs, all of one size, as cameras' are."""
+    """Write JPEGs that all have the same size."""
     folder.mkdir(parents=True)
     families = list(synthetic.FAMILIES)
     for i in range(count):
@@ -56,20 +57,20 @@ def photographs(folder, side, count=128):
     return folder
 
 
-def networks(settings, folder):
-    """Yield name, ONNX file, int8 file and a folder of JPEGs; random weights are as fast as others."""
+def networks(defaults, folder):
+    """Yield name, ONNX file, int8 file and a folder of JPEGs; random weights are as fast as trained ones."""
     yield "models/encoder.onnx", files.ONNX, files.REDUCED / "int8.onnx", photographs(folder / "48", 48)
     for stem, size, side in (("small", 32, 64), ("imagenet", 224, 480)):
-        shape = dataclasses.replace(settings.model, arch="resnet18", stem=stem)
-        network = export.Exported(model.FrozenEncoder(shape, dataclasses.replace(settings.views, size=size)), {}).eval()
+        shape = dataclasses.replace(defaults.model, arch="resnet18", stem=stem)
+        network = export.Exported(model.FrozenEncoder(shape, dataclasses.replace(defaults.views, size=size)), {}).eval()
         path, small = folder / f"{stem}.onnx", folder / f"{stem}-int8.onnx"
-        export.write(network, {"space": stem, "classes": "[]", "image_size": str(size)}, settings.export.opset, path)
+        export.write(network, {"space": stem, "classes": "[]", "image_size": str(size)}, defaults.export.opset, path)
         quantize.int8(path, small, 64)
         yield f"resnet18, {size} px from {side} px", path, small, photographs(folder / str(side), side)
 
 
 def ceiling(onnx, folder):
-    """Return images a second of decoding and onnxruntime alone."""
+    """Return the images per second of decoding and onnxruntime alone."""
     encoder = Encoder(onnx, threads=1)
     contents = [path.read_bytes() for path in sorted(folder.iterdir())]
     done = [0] * files.cpus()
@@ -113,7 +114,7 @@ def running(command, path):
 
 
 def answers(port, path):
-    """Say whether a GET is answered."""
+    """Return whether a GET is answered."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1):
             return True
@@ -128,7 +129,7 @@ def barlow(onnx, *flags):
 
 
 def litserve(onnx):
-    """Run LitServe with the same file, in an environment of its own, tuned alike: a process a processor."""
+    """Run LitServe with the same file in its own environment, tuned alike: one process per processor."""
     if not (LITSERVE / "bin/litserve").exists():
         subprocess.run([sys.executable, "-m", "venv", LITSERVE], check=True)
         pip = [LITSERVE / "bin/pip", "install", "--quiet", "litserve", "onnxruntime", "pillow", "python-multipart"]
@@ -137,7 +138,7 @@ def litserve(onnx):
 
 
 def load(port, folder, route="/v1/embed", seconds=SECONDS, rate=None):
-    """Return what the client process measured."""
+    """Return the measurements of the client process."""
     command = [
         sys.executable,
         HERE / "load.py",
@@ -149,9 +150,9 @@ def load(port, folder, route="/v1/embed", seconds=SECONDS, rate=None):
         str(seconds),
     ]
     command += ["--rate", str(rate)] if rate else []
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert set(found["statuses"]) == {"200"}, found
-    return found
+    measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert set(measured["statuses"]) == {"200"}, measured
+    return measured
 
 
 def compare(name, onnx, small, folder):
@@ -180,13 +181,13 @@ def compare(name, onnx, small, folder):
     with barlow(onnx) as (port, _):
         load(port, folder, seconds=1)
         for percent in (25, 50, 80):
-            found = load(port, folder, rate=peak * percent / 100, seconds=2 * SECONDS)
-            text = ", ".join(f"{key} {found[key]:.1f} ms" for key in ("p50", "p95", "p99"))
+            measured = load(port, folder, rate=peak * percent / 100, seconds=2 * SECONDS)
+            text = ", ".join(f"{key} {measured[key]:.1f} ms" for key in ("p50", "p95", "p99"))
             print(f"  at {percent} % of {peak:.0f} requests/s: {text}", flush=True)
 
 
 def endure(reloads, soak):
-    """Replace the model under load, and keep the load up; print failures and memory."""
+    """Replace the model under load, and print failures and memory."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         good, target = folder / "good.onnx", folder / "model.onnx"
@@ -206,14 +207,16 @@ def endure(reloads, soak):
             seconds = soak or 3.0 * (reloads + 2)
             replacer = threading.Thread(target=replace, args=(port, good, target, reloads))
             replacer.start()
-            found = load(port, pictures, seconds=seconds)
+            measured = load(port, pictures, seconds=seconds)
             replacer.join()
             stop.set()
             watcher.join()
             counts = metrics(port, "barlow_reloads_total", "barlow_rejects_total")
         tenth = max(len(sizes) // 10, 1)
         first, last = statistics.median(sizes[tenth : 3 * tenth]), statistics.median(sizes[-2 * tenth :])
-        print(f"{seconds:.0f} s, {sum(found['statuses'].values())} requests, statuses {found['statuses']}, {counts}")
+        print(
+            f"{seconds:.0f} s, {sum(measured['statuses'].values())} requests, statuses {measured['statuses']}, {counts}"
+        )
         print(
             f"  memory {first:.1f} MiB after warm-up, {last:.1f} at the end: {100 * (last / first - 1):+.1f} %",
             flush=True,
@@ -221,7 +224,7 @@ def endure(reloads, soak):
 
 
 def replace(port, good, target, reloads):
-    """Put the model in its place again and again, and a broken one after the 7th and the 14th time."""
+    """Replace the model again and again, and by a broken one after the 7th and the 14th time."""
     for i in range(reloads):
         for content in [good.read_bytes()] + [good.read_bytes()[:-1000]] * (i in (6, 13)):
             before = metrics(port, "barlow_reloads_total")
@@ -233,7 +236,7 @@ def replace(port, good, target, reloads):
 
 
 def metrics(port, *names):
-    """Return the service's own figures."""
+    """Return values of the service's /metrics, by name and labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line.startswith(names)}

@@ -22,7 +22,7 @@ POISON = 13  # an image that begins with it makes `Watched` fail
 
 
 class Watched:
-    """An encoder that notes its batches and, if told so, waits for `go` before it computes."""
+    """An encoder that notes its batches and, on request, waits for `go` before it computes."""
 
     def __init__(self, encoder, wait=False):
         self.encoder, self.batches = encoder, []
@@ -46,7 +46,7 @@ class Watched:
             yield image
 
     async def busy(self, times=1):
-        """Wait until so many more batches are being computed."""
+        """Wait until that many more batches are being computed."""
         for _ in range(times):
             assert await asyncio.to_thread(self.entered.acquire, timeout=60), "no worker took it"
 
@@ -61,12 +61,12 @@ def watched(tmp_path, mean_onnx):
 
 
 @asynccontextmanager
-async def running(encoder, workers=1, **settings):
-    """An engine with so many workers, all of them waiting for images, that is closed in the end."""
+async def running(encoder, workers=1, **flags):
+    """An engine with that many workers, all of which wait for images; it is closed at the end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "cpus", lambda: workers)
         metrics = Metrics()
-        engine = Engine(encoder, Flags(**settings), metrics)
+        engine = Engine(encoder, Flags(**flags), metrics)
     engine.figure = lambda name: figure(metrics.text(), name)
     try:
         await asyncio.to_thread(until, lambda: engine._idle == workers)
@@ -88,8 +88,8 @@ def embeddings(job):
     return np.stack([answer.embedding for answer in job.answers])
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_batch_size": 5}, {"max_batch_size": 3, "max_queue_delay_us": 2000}])
-def test_answers_are_the_encoders_own_however_requests_interleave(watched, settings):
+@pytest.mark.parametrize("flags", [{}, {"max_batch_size": 5}, {"max_batch_size": 3, "max_queue_delay_us": 2000}])
+def test_answers_are_the_encoders_own_however_requests_interleave(watched, flags):
     rng, encoder = np.random.default_rng(0), watched()
     sides = rng.integers(1, 9, (4, 2))
     requests = []
@@ -102,7 +102,7 @@ def test_answers_are_the_encoders_own_however_requests_interleave(watched, setti
         return await engine.submit([encoded(image) for image in images] if i % 2 else images)
 
     async def story():
-        async with running(encoder, workers=3, **settings) as engine:
+        async with running(encoder, workers=3, **flags) as engine:
             return await asyncio.gather(*(one(engine, images, i) for i, images in enumerate(requests)))
 
     for job, images in zip(go(story()), requests, strict=True):
@@ -111,7 +111,7 @@ def test_answers_are_the_encoders_own_however_requests_interleave(watched, setti
         np.testing.assert_allclose([answer.logits for answer in job.answers], 2 * np.array(means), rtol=1e-5)
         np.testing.assert_allclose(embeddings(job), encoder.encoder.embed(images), rtol=1e-6)
     assert sum(encoder.sizes) == sum(map(len, requests))
-    assert 1 < max(encoder.sizes) <= settings.get("max_batch_size", 32)
+    assert 1 < max(encoder.sizes) <= flags.get("max_batch_size", 32)
 
 
 def test_what_waits_goes_together_up_to_the_largest_batch(watched):
@@ -412,7 +412,7 @@ def test_a_storm_of_cancelled_refused_and_broken_requests_ends_in_calm(watched):
 
 
 def test_an_image_whose_time_is_over_is_let_go_at_once(watched):
-    """With no help of the garbage collector, which the service tells to come late."""
+    """Without the garbage collector, which `barlow serve` runs rarely."""
 
     async def story():
         encoder = watched(wait=True)
