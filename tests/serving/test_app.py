@@ -135,6 +135,13 @@ def test_a_bug_is_an_error_of_the_same_kind_and_logged_once(service, monkeypatch
     assert record.exc_info[0] is ZeroDivisionError
 
 
+@pytest.mark.parametrize("path", ["/", "/v2/health/ready", "/v1/model", "/metrics", "/openapi.json"])
+def test_head_is_answered_like_get_without_a_body(service, path):
+    answer = service.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"] == service.get(path).headers["content-type"]
+
+
 def refused():
     """Requests that are refused for their images, by kind: path, body, headers, status; pixels of 3.6 MB each."""
     rng, pixels = np.random.default_rng(0), np.zeros((1000, 1200, 3), np.uint8)

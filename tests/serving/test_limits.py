@@ -332,6 +332,17 @@ def test_unknown_paths_share_one_series():
     assert service.metrics.text().count(b"\nbarlow_requests_total{") == 2
 
 
+def test_a_refused_post_is_counted_under_its_path_and_other_refused_requests_together():
+    async def story():
+        service = Service(token="secret")
+        for method, path in (("POST", "/echo"), ("GET", "/items/1"), ("GET", "/nowhere")):
+            assert (await service.ask(method, path))[0] == 401
+        assert service.figure("barlow_requests_total", path="/echo", status="401") == 1
+        assert service.figure("barlow_requests_total", path="other", status="401") == 2
+
+    go(story())
+
+
 def test_the_life_of_the_server_reaches_the_router():
     seen = []
 
