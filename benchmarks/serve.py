@@ -6,6 +6,7 @@ LitServe with the same file. Then the latency at 25, 50 and 80 % of that load. T
 processors.
 
 `--reloads N` replaces the model N times under load, and twice by a broken one. `--soak SECONDS` keeps the load up.
+`--against SRC` compares this checkout with another one's src folder; a small --model shows the service's own work.
 """
 
 from __future__ import annotations
@@ -92,12 +93,12 @@ def ceiling(onnx, folder):
 
 
 @contextmanager
-def running(command, path):
-    """Run a server until its `path` answers, and yield its port and process."""
+def running(command, path, env=None):
+    """Run a server, wait until its `path` answers, and yield its port and process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [str(part).replace("PORT", str(port)) for part in command]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True, "env": env}
     with subprocess.Popen(command, **silent) as server:
         try:
             while not answers(port, path):
@@ -122,10 +123,10 @@ def answers(port, path):
         return False
 
 
-def barlow(onnx, *flags):
-    """Run `barlow serve`."""
+def barlow(onnx, *flags, src=HERE.parent / "src"):
+    """Run `barlow serve` of a checkout."""
     command = [sys.executable, "-m", "barlow.cli", "serve", "--model", onnx, "--port", "PORT", *flags]
-    return running(command, "/v2/health/ready")
+    return running(command, "/v2/health/ready", os.environ | {"PYTHONPATH": str(src)})
 
 
 def litserve(onnx):
@@ -137,7 +138,7 @@ def litserve(onnx):
     return running([LITSERVE.absolute() / "bin/python", HERE / "litserve_app.py", onnx, "PORT"], "/health")
 
 
-def load(port, folder, route="/v1/embed", seconds=SECONDS, rate=None):
+def load(port, folder, route="/v1/embed", seconds=SECONDS, rate=None, images=1):
     """Return the measurements of the client process."""
     command = [
         sys.executable,
@@ -148,6 +149,8 @@ def load(port, folder, route="/v1/embed", seconds=SECONDS, rate=None):
         route,
         "--seconds",
         str(seconds),
+        "--images",
+        str(images),
     ]
     command += ["--rate", str(rate)] if rate else []
     measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -184,6 +187,26 @@ def compare(name, onnx, small, folder):
             measured = load(port, folder, rate=peak * percent / 100, seconds=2 * SECONDS)
             text = ", ".join(f"{key} {measured[key]:.1f} ms" for key in ("p50", "p95", "p99"))
             print(f"  at {percent} % of {peak:.0f} requests/s: {text}", flush=True)
+
+
+def pair(src, onnx, images, rounds):
+    """Print this checkout's requests per second and processor time per request as ratios to another checkout's."""
+    with tempfile.TemporaryDirectory() as name, barlow(onnx) as ours, barlow(onnx, src=src) as theirs:
+        pictures = photographs(Path(name) / "48", 48)
+        ratios = {"requests per second": [], "processor time per request": []}
+        for i in range(-1, rounds):  # the first round warms up
+            results = {}
+            for port, server in (ours, theirs) if i % 2 else (theirs, ours):
+                process = psutil.Process(server.pid)
+                before = sum(process.cpu_times()[:2])
+                measured = load(port, pictures, seconds=1.5, images=images)
+                spent = sum(process.cpu_times()[:2]) - before
+                results[port] = measured["rate"], spent / sum(measured["statuses"].values())
+            for values, our, their in zip(ratios.values(), results[ours[0]], results[theirs[0]], strict=True):
+                values += [our / their] * (i >= 0)
+    for key, values in ratios.items():
+        low, median, high = statistics.quantiles(values)
+        print(f"{key}: {median:.3f} of {src}, quartiles {low:.3f} and {high:.3f}, n={rounds} pairs", flush=True)
 
 
 def endure(reloads, soak):
@@ -246,8 +269,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--reloads", type=int, default=0)
     parser.add_argument("--soak", type=float, default=0)
+    parser.add_argument("--against", type=Path, metavar="SRC")
+    parser.add_argument("--model", type=Path, default=files.ONNX, help="of --against")
+    parser.add_argument("--images", type=int, default=1, help="per request of --against")
+    parser.add_argument("--rounds", type=int, default=16, help="of --against")
     arguments = parser.parse_args()
     print(provenance.hardware())
+    if arguments.against:
+        pair(arguments.against, arguments.model, arguments.images, arguments.rounds)
+        return
     if arguments.reloads or arguments.soak:
         endure(arguments.reloads, arguments.soak)
         return
