@@ -1,7 +1,8 @@
 """`python benchmarks/load.py HOST:PORT FOLDER`: post a folder's JPEGs to a service on this machine.
 
 Closed loop: each connection sends its next request when it has its answer. Open loop (--rate): requests begin at random
-moments (Poisson), whether or not earlier ones are answered, and latency counts from that moment. Prints one JSON line.
+moments (Poisson), whether or not earlier ones are answered, and latency counts from the planned moment. Prints one line
+of JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import uvloop
 
 
 class Connection(asyncio.Protocol):
-    """Sends one request at a time and calls `done(status)` when its answer is there."""
+    """Sends one request at a time and calls `done(status)` when the answer is complete."""
 
     def connection_made(self, transport):
         self.transport, self.buffer, self.missing, self.status = transport, b"", None, 0
@@ -41,17 +42,20 @@ class Connection(asyncio.Protocol):
         self.done(0)
 
 
-def requests(paths, route):
-    """Return a POST of each file as a multipart form."""
-    for path in paths:
-        part = f'--b0undary\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n\r\n'
-        body = part.encode() + path.read_bytes() + b"\r\n--b0undary--\r\n"
+def requests(paths, route, images):
+    """Yield one POST per file, a multipart form of this file and the next ones: `images` files together."""
+    for i in range(len(paths)):
+        body = b""
+        for path in (paths[(i + j) % len(paths)] for j in range(images)):
+            part = f'--b0undary\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n\r\n'
+            body += part.encode() + path.read_bytes() + b"\r\n"
+        body += b"--b0undary--\r\n"
         head = f"POST {route} HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b0undary\r\n"
         yield head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 async def load(host, port, messages, connections, seconds, rate):
-    """Return latencies in seconds, a count of each status, and the seconds it took."""
+    """Return sorted latencies in seconds, the count of each status, and the duration in seconds."""
     loop = asyncio.get_running_loop()
     latencies, statuses = [], Counter()
     end = time.perf_counter() + seconds
@@ -118,14 +122,15 @@ def main():
     parser.add_argument("address")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--route", default="/v1/embed")
+    parser.add_argument("--images", type=int, default=1, help="per request")
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=5)
-    parser.add_argument("--rate", type=float, help="requests a second; without it the loop is closed")
+    parser.add_argument("--rate", type=float, help="requests per second; without it the loop is closed")
     arguments = parser.parse_args()
     host, _, port = arguments.address.partition(":")
     if host not in ("127.0.0.1", "localhost", "[::1]"):
         parser.error("only services on this machine")
-    messages = list(requests(sorted(arguments.folder.rglob("*.jp*g"))[:256], arguments.route))
+    messages = list(requests(sorted(arguments.folder.rglob("*.jp*g"))[:256], arguments.route, arguments.images))
     random.seed(0)
     given = host, int(port), messages, arguments.connections, arguments.seconds, arguments.rate
     latencies, statuses, took = uvloop.run(load(*given))

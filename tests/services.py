@@ -1,4 +1,4 @@
-"""`barlow serve` as a process of its own, and what the tests of the service share."""
+"""Helpers for the tests of the service: `barlow serve` in a process or a thread, images, metrics and raw sockets."""
 
 import io
 import os
@@ -20,12 +20,12 @@ import uvicorn
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-DEADLINE = 120  # seconds to start in, on a machine that does other things too
+DEADLINE = 120  # seconds to start, on a busy machine
 
 
 @dataclass
 class Service:
-    """A service that is ready: `url` is http://127.0.0.1:PORT, `log` is what it printed so far."""
+    """A service that is ready; `log` is what it has printed so far."""
 
     port: int
     process: subprocess.Popen
@@ -48,10 +48,10 @@ def free_port():
 
 @contextmanager
 def start(model, *flags, env=None, cwd=None, port=None, host="127.0.0.1"):
-    """Run `barlow serve --model model --port FREE flags`, wait until it is ready, and end it.
+    """Run `barlow serve --model model --port FREE flags`, wait until it is ready, and end it afterwards.
 
-    `env` is added to the environment; `host` is how the address that --host names is written in a URL. It runs in the
-    model's folder, unless `cwd` names another, where its log lies and it looks for an index in models/index.
+    `env` is added to the environment; `host` is the address of --host as written in a URL. The service runs in `cwd`,
+    by default the model's folder: its log is there, and it looks for an index in models/index.
     """
     model, port, begun = Path(model).absolute(), port or free_port(), time.monotonic()
     folder = Path(cwd or model.parent)
@@ -83,8 +83,8 @@ def ready(port, host="127.0.0.1"):
         return False
 
 
-def until(condition, seconds=60.0, why="it did not come true"):
-    """Return the first true value of `condition()`; it is asked every few milliseconds."""
+def until(condition, seconds=60.0, why="the condition did not become true"):
+    """Call `condition` every few milliseconds, and return its first true value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, why
@@ -93,7 +93,7 @@ def until(condition, seconds=60.0, why="it did not come true"):
 
 
 def png(*colour, size=(4, 3)):
-    """Return a PNG file of one colour, which is what the encoder of `mean_onnx` answers; `size` is (width, height)."""
+    """Return a PNG file of one colour, which `mean_onnx` gives as its embedding; `size` is (width, height)."""
     return encoded(np.full((size[1], size[0], 3), colour, np.uint8))
 
 
@@ -105,7 +105,7 @@ def encoded(pixels, kind="PNG", **options):
 
 
 def figure(text, name, **labels):
-    """Return a figure of what /metrics answers; 0 where it is not there yet, as Prometheus would take it."""
+    """Return a value from the text of /metrics; 0 if it is not there yet, as Prometheus would assume."""
     text = text.decode() if isinstance(text, bytes) else text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return next((s.value for s in samples if s.name == name and s.labels == labels), 0)
@@ -113,7 +113,7 @@ def figure(text, name, **labels):
 
 @contextmanager
 def hosting(application):
-    """Serve an ASGI application in a thread of this process with barlow's protocol; yields the port."""
+    """Serve an ASGI application with barlow's protocol in a thread of this process, and yield the port."""
     from barlow.serving.connection import Protocol
 
     config = uvicorn.Config(application, http=Protocol, ws="none", log_config=None, access_log=False, lifespan="auto")
@@ -131,7 +131,7 @@ def hosting(application):
 
 
 class Wire:
-    """A connection on which anything can be sent; answers are read with httptools' parser for responses."""
+    """A raw connection that sends any bytes; httptools parses the answers."""
 
     def __init__(self, port):
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=DEADLINE)

@@ -25,8 +25,8 @@ def client(url, **options):
 def service(tmp_path, mean_onnx):
     """A client of the application in a thread of this process."""
     model = mean_onnx(tmp_path / "encoder.onnx", ["r", "g", "b"])
-    with hosting(app(model, tmp_path)) as port, client(f"http://127.0.0.1:{port}") as found:
-        yield found
+    with hosting(app(model, tmp_path)) as port, client(f"http://127.0.0.1:{port}") as connected:
+        yield connected
 
 
 def files_of(*images):
@@ -175,9 +175,9 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, mean_onnx, monkeypatch,
     (tmp_path / "text.onnx").write_text("I am a text")
     (tmp_path / "circle.onnx").symlink_to("circle.onnx")
     assert cli.main(["serve", *flags]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert re.fullmatch(rf"barlow serve: .*{re.escape(why)}.*\n", told.err)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(rf"barlow serve: .*{re.escape(why)}.*\n", printed.err)
 
 
 def ipv6():

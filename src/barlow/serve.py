@@ -1,7 +1,8 @@
-"""`barlow serve`: an exported encoder over HTTP, for programs (Open Inference Protocol v2), for people, and as a page.
+"""`barlow serve`: serve an exported encoder over HTTP, with paths for images, the Open Inference Protocol and a page.
 
-Reads the ONNX file that --model names, and models/index. Another file there, or in a registry's production, replaces
-it while requests go on. The token that clients must send is in the environment variable BARLOW_TOKEN, if at all.
+Reads the ONNX file that --model names, and models/index. A new file at that path, or a new production version in a
+registry, replaces the model while requests go on. If the environment variable BARLOW_TOKEN is set, clients must send
+that token.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from barlow.serving.app import app
 from barlow.serving.connection import Protocol
 from barlow.settings.flags import Flags
 
-DRAIN_SECONDS = 30  # for what was asked before SIGTERM
-KEEP_ALIVE_SECONDS = 75  # longer than proxies keep an idle connection, so that none sends a request into its end
+DRAIN_SECONDS = 30  # to answer the requests that came before SIGTERM
+KEEP_ALIVE_SECONDS = 75  # longer than proxies keep an idle connection, so that the proxy is the one to close it
 
 
 def run(
@@ -30,16 +31,16 @@ def run(
     host: str = "127.0.0.1",
     port: int = 8000,
     index: Path | str = files.INDEX,
-    **settings: int,
+    **flags: int,
 ) -> None:
-    """Serve until a signal ends it, and then answer what was asked before.
+    """Serve until SIGTERM or SIGINT, then answer the requests that came before and end.
 
     Raises:
-        UserError: the model cannot be used, a setting is impossible, or the address cannot be listened on.
+        UserError: the model cannot be used, a flag's value is not allowed, or the address cannot be listened on.
     """
     if not 0 < port < 2**16:
         raise UserError(f"--port {port} is not allowed; it must be from 1 to {2**16 - 1}")
-    application = app(model, index, Flags(**settings), os.environ.get("BARLOW_TOKEN"))
+    application = app(model, index, Flags(**flags), os.environ.get("BARLOW_TOKEN"))
     config = uvicorn.Config(
         application,
         http=Protocol,
@@ -57,8 +58,8 @@ def run(
         raise UserError(f"cannot listen on {host} port {port} ({error}); choose another --host or --port") from None
     address = f"[{host}]" if ":" in host else host
     print(f"serving {model} at http://{address}:{port}; its interface is described at /docs", flush=True)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it notes each broken form
-    sys.setswitchinterval(0.0005)  # seconds: the event loop and the workers wait for each other often and briefly
-    gc.freeze()  # what is there stays; a collection that looks at all of it, or comes often, stops everything else
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs a warning per broken form
+    sys.setswitchinterval(0.0005)  # seconds, a tenth of the default: event loop and workers wait for each other often
+    gc.freeze()  # the collector stops all threads: it need not look at what exists now, nor run often
     gc.set_threshold(50_000, 20, 20)
     uvicorn.Server(config).run([listener])

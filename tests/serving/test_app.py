@@ -15,15 +15,15 @@ from barlow.serving.metrics import Metrics
 
 
 class Links(HTMLParser):
-    """What a page loads or leads to."""
+    """The links of a page, and the files that it loads."""
 
     def __init__(self, text):
         super().__init__()
-        self.found = []
+        self.links = []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        self.found += [value for name, value in attributes if name in ("src", "href", "action", "srcset", "data")]
+        self.links += [value for name, value in attributes if name in ("src", "href", "action", "srcset", "data")]
 
 
 def client(url, **options):
@@ -34,8 +34,8 @@ def client(url, **options):
 def service(tmp_path, mean_onnx):
     """A client of the application in a thread of this process."""
     model = mean_onnx(tmp_path / "encoder.onnx", ["r", "g", "b"])
-    with hosting(app(model, tmp_path)) as port, client(f"http://127.0.0.1:{port}") as found:
-        yield found
+    with hosting(app(model, tmp_path)) as port, client(f"http://127.0.0.1:{port}") as connected:
+        yield connected
 
 
 def files_of(*images):
@@ -51,7 +51,7 @@ def test_the_page_may_load_nothing_from_elsewhere(service):
     assert policy["frame-ancestors"] == "'none'"
     for sources in policy.values():
         assert set(sources.split()) <= {"'self'", "'none'", "'unsafe-inline'", "blob:", "data:"}
-    elsewhere = [link for link in Links(answer.text).found if re.match(r"(\w+:)?//", link)]
+    elsewhere = [link for link in Links(answer.text).links if re.match(r"(\w+:)?//", link)]
     assert elsewhere == []
 
 
@@ -60,7 +60,7 @@ def test_the_description_loads_its_parts_from_the_service(service):
         answer = service.get(page)
         assert answer.status_code == 200
         assert not re.search(r"(https?:)?//[\w.-]+\.\w", answer.text.replace("http://www.w3.org", ""))
-        links = [link for link in Links(answer.text).found if not link.startswith("data:")]
+        links = [link for link in Links(answer.text).links if not link.startswith("data:")]
         assert links
         for link in links:
             assert link.startswith("/")
@@ -133,6 +133,13 @@ def test_a_bug_is_an_error_of_the_same_kind_and_logged_once(service, monkeypatch
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert record.getMessage() == "GET /metrics"
     assert record.exc_info[0] is ZeroDivisionError
+
+
+@pytest.mark.parametrize("path", ["/", "/v2/health/ready", "/v1/model", "/metrics", "/openapi.json"])
+def test_head_is_answered_like_get_without_a_body(service, path):
+    answer = service.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"] == service.get(path).headers["content-type"]
 
 
 def refused():

@@ -1,10 +1,13 @@
 import asyncio
+import inspect
 import json
 import threading
 from contextlib import suppress
 
 import pytest
+import uvicorn
 from services import Wire, hosting, until
+from uvicorn.protocols.http import httptools_impl
 
 from barlow.serving import connection
 
@@ -12,7 +15,7 @@ GET = "GET {} HTTP/1.1\r\nhost: a\r\n\r\n"
 
 
 class Echo:
-    """An application that answers with method, path and length of the body, and holds /held until told."""
+    """An application that answers with method, path and length of the body; /held waits for the event `held`."""
 
     def __init__(self):
         self.held, self.inside = threading.Event(), 0
@@ -74,6 +77,43 @@ def is_error(wire, status, why):
     assert [*json.loads(body)] == ["error"]
     assert why in json.loads(body)["error"]
     assert wire.answer() is None
+
+
+INTERNALS = {  # methods of uvicorn's protocol class that ours overrides, with their parameters
+    "connection_made": ["transport"],
+    "connection_lost": ["exc"],
+    "data_received": ["data"],
+    "on_message_begin": [],
+    "on_url": ["url"],
+    "on_header": ["name", "value"],
+    "on_headers_complete": [],
+    "on_body": ["body"],
+    "send_400_response": ["msg"],
+}
+
+
+@pytest.mark.parametrize("name", INTERNALS)
+def test_uvicorn_has_the_method_that_is_overridden(name):
+    version = f"uvicorn {uvicorn.__version__}"
+    method = getattr(httptools_impl.HttpToolsProtocol, name, None)
+    assert method is not None, f"{version} has no HttpToolsProtocol.{name}: adapt serving/connection.py"
+    parameters = [*inspect.signature(method).parameters][1:]
+    assert parameters == INTERNALS[name], f"{version} changed HttpToolsProtocol.{name}: adapt serving/connection.py"
+
+
+def test_uvicorn_has_what_else_is_used():
+    version = f"uvicorn {uvicorn.__version__}"
+    lines = getattr(httptools_impl, "STATUS_LINE", {})
+    for status in (400, 408, 431):
+        assert lines.get(status, b"").startswith(b"HTTP/1.1 %d " % status), f"{version} has no STATUS_LINE[{status}]"
+    source = inspect.getsource(httptools_impl.HttpToolsProtocol)
+    for attribute in ("self.loop =", "self.transport =", "self.send_400_response(msg)"):
+        assert attribute in source, f"{version} has no `{attribute}` in HttpToolsProtocol: adapt serving/connection.py"
+
+
+def test_every_overridden_method_is_checked():
+    theirs, ours = vars(httptools_impl.HttpToolsProtocol), vars(connection.Protocol)
+    assert {name for name in ours if name in theirs and not name.startswith("__")} == {*INTERNALS}
 
 
 @pytest.mark.parametrize(
@@ -206,8 +246,8 @@ def test_a_connection_ends_where_the_client_wants_it(port):
 def test_requests_in_one_packet_are_answered_in_order(wire):
     posts = [f"POST /{i} HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\nab" for i in range(10)]
     wire.send(GET.format("/a"), *posts, GET.format("/b"))
-    found = [wire.answer()[2] for _ in range(12)]
-    assert found == [b"GET /a 0", *(f"POST /{i} 2".encode() for i in range(10)), b"GET /b 0"]
+    bodies = [wire.answer()[2] for _ in range(12)]
+    assert bodies == [b"GET /a 0", *(f"POST /{i} 2".encode() for i in range(10)), b"GET /b 0"]
 
 
 def test_a_request_in_pieces_of_one_byte_is_answered(wire):

@@ -14,7 +14,7 @@ from barlow.core import files
 from barlow.encoder import encoder as encoder_module
 from barlow.encoder.encoder import Encoder
 from barlow.serving.engine import Answer, Engine, Failure
-from barlow.serving.limits import Refusal
+from barlow.serving.limits import RequestError
 from barlow.serving.metrics import Metrics
 from barlow.settings.flags import Flags
 
@@ -22,7 +22,7 @@ POISON = 13  # an image that begins with it makes `Watched` fail
 
 
 class Watched:
-    """An encoder that notes its batches and, if told so, waits for `go` before it computes."""
+    """An encoder that notes its batches and, on request, waits for `go` before it computes."""
 
     def __init__(self, encoder, wait=False):
         self.encoder, self.batches = encoder, []
@@ -46,7 +46,7 @@ class Watched:
             yield image
 
     async def busy(self, times=1):
-        """Wait until so many more batches are being computed."""
+        """Wait until that many more batches are being computed."""
         for _ in range(times):
             assert await asyncio.to_thread(self.entered.acquire, timeout=60), "no worker took it"
 
@@ -61,12 +61,12 @@ def watched(tmp_path, mean_onnx):
 
 
 @asynccontextmanager
-async def running(encoder, workers=1, **settings):
-    """An engine with so many workers, all of them waiting for images, that is closed in the end."""
+async def running(encoder, workers=1, **flags):
+    """An engine with that many workers, all of which wait for images; it is closed at the end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "cpus", lambda: workers)
         metrics = Metrics()
-        engine = Engine(encoder, Flags(**settings), metrics)
+        engine = Engine(encoder, Flags(**flags), metrics)
     engine.figure = lambda name: figure(metrics.text(), name)
     try:
         await asyncio.to_thread(until, lambda: engine._idle == workers)
@@ -88,8 +88,8 @@ def embeddings(job):
     return np.stack([answer.embedding for answer in job.answers])
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_batch_size": 5}, {"max_batch_size": 3, "max_queue_delay_us": 2000}])
-def test_answers_are_the_encoders_own_however_requests_interleave(watched, settings):
+@pytest.mark.parametrize("flags", [{}, {"max_batch_size": 5}, {"max_batch_size": 3, "max_queue_delay_us": 2000}])
+def test_answers_are_the_encoders_own_however_requests_interleave(watched, flags):
     rng, encoder = np.random.default_rng(0), watched()
     sides = rng.integers(1, 9, (4, 2))
     requests = []
@@ -102,7 +102,7 @@ def test_answers_are_the_encoders_own_however_requests_interleave(watched, setti
         return await engine.submit([encoded(image) for image in images] if i % 2 else images)
 
     async def story():
-        async with running(encoder, workers=3, **settings) as engine:
+        async with running(encoder, workers=3, **flags) as engine:
             return await asyncio.gather(*(one(engine, images, i) for i, images in enumerate(requests)))
 
     for job, images in zip(go(story()), requests, strict=True):
@@ -111,7 +111,7 @@ def test_answers_are_the_encoders_own_however_requests_interleave(watched, setti
         np.testing.assert_allclose([answer.logits for answer in job.answers], 2 * np.array(means), rtol=1e-5)
         np.testing.assert_allclose(embeddings(job), encoder.encoder.embed(images), rtol=1e-6)
     assert sum(encoder.sizes) == sum(map(len, requests))
-    assert 1 < max(encoder.sizes) <= settings.get("max_batch_size", 32)
+    assert 1 < max(encoder.sizes) <= flags.get("max_batch_size", 32)
 
 
 def test_what_waits_goes_together_up_to_the_largest_batch(watched):
@@ -201,7 +201,7 @@ def test_a_full_queue_refuses_the_whole_request_and_keeps_nothing_of_it(watched)
             jobs.append(asyncio.create_task(engine.submit([picture(60, 0, 0)] * 3)))
             await asyncio.sleep(0)
             refused = picture(200, 0, 0)
-            with pytest.raises(Refusal, match="3 images are waiting") as refusal:
+            with pytest.raises(RequestError, match="3 images are waiting") as refusal:
                 await engine.submit([refused, refused])
             assert (refusal.value.status, refusal.value.reason) == (503, "queue")
             assert engine.figure("barlow_queue") == 3
@@ -225,7 +225,7 @@ def test_an_image_past_its_deadline_is_given_up_and_not_computed(watched):
             await encoder.busy()
             jobs.append(asyncio.create_task(engine.submit([png(60, 0, 0)])))
             for job in jobs:
-                with pytest.raises(Refusal, match="no answer within 100 ms") as refusal:
+                with pytest.raises(RequestError, match="no answer within 100 ms") as refusal:
                     await job
                 assert (refusal.value.status, refusal.value.reason) == (503, "deadline")
             assert 0.1 <= time.monotonic() - begun < 5
@@ -395,7 +395,7 @@ def test_a_storm_of_cancelled_refused_and_broken_requests_ends_in_calm(watched):
             await asyncio.sleep(chance.random() / 20)
             try:
                 job = await asyncio.wait_for(engine.submit(images), chance.choice([0.0005, 0.002, 9]))
-            except (asyncio.TimeoutError, Refusal):
+            except (asyncio.TimeoutError, RequestError):
                 return 0
             for answer, colour in zip(job.answers, colours, strict=True):
                 assert isinstance(answer, Failure) or answer.embedding[0] == colour
@@ -412,7 +412,7 @@ def test_a_storm_of_cancelled_refused_and_broken_requests_ends_in_calm(watched):
 
 
 def test_an_image_whose_time_is_over_is_let_go_at_once(watched):
-    """With no help of the garbage collector, which the service tells to come late."""
+    """Without the garbage collector, which `barlow serve` runs rarely."""
 
     async def story():
         encoder = watched(wait=True)
@@ -422,7 +422,7 @@ def test_an_image_whose_time_is_over_is_let_go_at_once(watched):
             gc.collect()
             gc.disable()
             for image in images:
-                with pytest.raises(Refusal, match="no answer within 50 ms"):
+                with pytest.raises(RequestError, match="no answer within 50 ms"):
                     await engine.submit([image])
             encoder.go.set()
             image = images.clear()

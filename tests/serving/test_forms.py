@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from barlow.serving import forms
-from barlow.serving.limits import Refusal
+from barlow.serving.limits import RequestError
 
 PART = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
 BINARY = bytes(range(256)) * 3 + b"\r\n--b\r\n\r\n--b--\r\n\r" + bytes(1000)  # with the start of a boundary, and more
@@ -78,7 +78,7 @@ def test_other_parts_are_passed_over():
     text = b'--b\r\nContent-Disposition: form-data; name="files"\r\n\r\nx\r\n'
     naked = b"--b\r\n\r\nx\r\n"
     assert form(other, text, naked, PART, b"x\r\n", text) == (["a"], [b"x"])
-    with pytest.raises(Refusal, match="there is no image; name the form's fields `files`") as refused:
+    with pytest.raises(RequestError, match="there is no image; name the form's fields `files`") as refused:
         form(other, text, naked)
     assert refused.value.status == 400
 
@@ -91,7 +91,7 @@ def test_a_form_inside_a_form_is_only_content():
 def test_a_form_that_is_cut_anywhere_is_refused():
     body = PART + b"12345\r\n" + PART + b"67890\r\n--b--"
     for length in range(len(body)):
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(RequestError) as refused:
             forms.images("multipart/form-data; boundary=b", body[:length], 64)
         assert refused.value.status == 400
 
@@ -126,7 +126,7 @@ def test_a_form_that_is_cut_anywhere_is_refused():
     ids=lambda value: ascii(value)[:30],
 )
 def test_malformed_bodies_say_what_is_wrong(content_type, body, status, message):
-    with pytest.raises(Refusal, match=message) as refused:
+    with pytest.raises(RequestError, match=message) as refused:
         forms.images(content_type, body, 64)
     assert refused.value.status == status
 
@@ -139,10 +139,10 @@ def test_images_in_json_are_base64():
 
 
 def test_more_images_than_allowed_are_refused_before_they_are_decoded():
-    with pytest.raises(Refusal, match="3 images; at most 2 are allowed in a request") as refused:
+    with pytest.raises(RequestError, match="3 images; at most 2 are allowed in a request") as refused:
         forms.images("application/json", b'{"images": ["", "", "no base64"]}', 2)
     assert refused.value.status == 413
-    with pytest.raises(Refusal, match="more than the 2 images allowed in a request") as refused:
+    with pytest.raises(RequestError, match="more than the 2 images allowed in a request") as refused:
         forms.images("multipart/form-data; boundary=b", (PART + b"\r\n") * 4, 2)
     assert refused.value.status == 413
 
@@ -150,6 +150,6 @@ def test_more_images_than_allowed_are_refused_before_they_are_decoded():
 def test_a_form_of_very_many_parts_is_refused_at_once():
     fields = b"--b\r\n\r\n\r\n" * forms.PARTS
     assert form(fields[:-9], PART, b"\r\n") == (["a"], [b""])
-    with pytest.raises(Refusal, match="more than 1000 parts in the form") as refused:
+    with pytest.raises(RequestError, match="more than 1000 parts in the form") as refused:
         form(fields, PART, b"\r\n")
     assert refused.value.status == 413

@@ -1,6 +1,6 @@
-"""Thousands of bad requests to one service that runs: each is answered, and the service is what it was before.
+"""Thousands of bad requests to one running service: each is answered, and none changes the service.
 
-`HOSTILE=kind:seed pytest tests/test_hostile.py -k requests` sends one of them, and prints the answer.
+`HOSTILE=kind:seed pytest tests/serving/test_hostile.py -k requests` sends one of them and prints the answer.
 """
 
 import base64
@@ -201,12 +201,12 @@ def v2_document(draw):
     return {"id": "7", "inputs": [given], "outputs": outputs, "parameters": {"binary_data_output": False}}
 
 
-def places(value, found):
-    """List every (container, key) of a document."""
+def places(value, collected):
+    """Append every (container, key) of a document to a list and return it."""
     for key in [*value] if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        found.append((value, key))
-        places(value[key], found)
-    return found
+        collected.append((value, key))
+        places(value[key], collected)
+    return collected
 
 
 def nested(depth, inside=0):
@@ -569,10 +569,10 @@ def complaint(case, answer, seconds):
         return "an error of the server"
     if answer.status >= 400 and not case.raw.startswith(b"HEAD "):
         try:
-            told = json.loads(answer.body)
+            document = json.loads(answer.body)
         except ValueError:
             return "the error is no JSON"
-        if [*told] != ["error"] or not isinstance(told["error"], str) or not told["error"]:
+        if [*document] != ["error"] or not isinstance(document["error"], str) or not document["error"]:
             return "the error is not as described"
     if "/etc/passwd" not in text and "root:x:" in text:
         return "a file of the machine"
@@ -593,7 +593,7 @@ def tried(port, kind, seed):
 
 @pytest.fixture
 def service(tmp_path, mean_onnx):
-    """A service with classes and an index of twelve images; what an image may take is small beside what it has."""
+    """A service with classes and an index of twelve images; --max-pixels is small, so that memory shows a leak."""
     from barlow import index
 
     model = mean_onnx(tmp_path / "models/encoder.onnx", ["red", "green", "blue"])
@@ -686,8 +686,8 @@ def test_clients_that_do_not_read_their_answers_hold_nobody_up(service):
 CHECKS = schemathesis.Config.from_dict(
     {
         "checks": {
-            # A string of bytes is often no image, and that data have the shape told is more than a schema can demand:
-            # what the schema allows may be refused.
+            # The service may refuse a request that the schema allows: random bytes are seldom an image, and a schema
+            # cannot demand that the data have the given shape.
             "positive_data_acceptance": {"enabled": False},
             "negative_data_rejection": {"expected-statuses": [400, 404, 413, 415, 422]},  # 413 is not in the default
         }
@@ -699,7 +699,7 @@ CHECKS = schemathesis.Config.from_dict(
 def test_the_interface_is_as_openapi_describes_it(service, mode):
     """No error of the server, documented status codes and content types, answers that conform to their schemas."""
     described = schemathesis.openapi.from_url(f"{service.url}/openapi.json", config=CHECKS)
-    operations = [found.ok() for found in described.get_all_operations()]
+    operations = [result.ok() for result in described.get_all_operations()]
     assert {operation.path for operation in operations} > {*IMAGES, "/v2/models/{name}/infer", "/v1/model", "/metrics"}
     for operation in operations:
         takes = operation.body or operation.path_parameters or operation.query

@@ -26,7 +26,7 @@ def encoder(indexed):
 
 @pytest.fixture(scope="module")
 def client(indexed):
-    """A client of a service that runs, with at most 8 images in a request and 40,000 pixels in an image."""
+    """A client of a running service with at most 8 images per request and 40,000 pixels per image."""
     flags = "--max-images", "8", "--max-pixels", "40000"
     with (
         start(indexed / "models/encoder.onnx", *flags, cwd=indexed) as service,
@@ -47,7 +47,7 @@ def file(image, kind="PNG", **options):
 
 
 def turned(orientation=6):
-    """The EXIF block of a camera that was on its side, or held as `orientation` says."""
+    """The EXIF block of a camera that was turned, by default on its side."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
@@ -92,15 +92,17 @@ def softmax(logits):
 def test_embeddings_are_those_of_the_encoder(client, expected, send):
     answer = client.post("/v1/embed", **send(FILES))
     assert answer.status_code == 200
-    found = answer.json()
-    assert {key: found[key] for key in ("model", "space", "dim")} == {
+    answered = answer.json()
+    assert {key: answered[key] for key in ("model", "space", "dim")} == {
         "model": "encoder.onnx",
         "space": "space of edges",
         "dim": 12,
     }
     names = [*FILES] if send is form else [f"images[{i}]" for i in range(len(FILES))]
-    assert [result["name"] for result in found["results"]] == names
-    np.testing.assert_allclose([result["embedding"] for result in found["results"]], expected[0], rtol=1e-5, atol=1e-5)
+    assert [result["name"] for result in answered["results"]] == names
+    np.testing.assert_allclose(
+        [result["embedding"] for result in answered["results"]], expected[0], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("send", [form, in_json])
@@ -111,7 +113,7 @@ def test_one_image_alone_is_answered_the_same(client, expected, send):
 
 
 def test_the_orientation_of_the_camera_matters(client):
-    """If it did not, the test above would prove nothing of `turned.jpg`."""
+    """Otherwise the test above would prove nothing about `turned.jpg`."""
     plain = FILES["turned.jpg"].replace(turned().tobytes(), turned(1).tobytes())
     assert plain != FILES["turned.jpg"]
     results = client.post("/v1/embed", **form({"a": FILES["turned.jpg"], "b": plain})).json()["results"]
@@ -124,10 +126,10 @@ def test_classes_are_the_most_probable_ones(client, expected, top):
     probabilities = softmax(expected[1])
     for result, row in zip(answer.json()["results"], probabilities, strict=True):
         order = np.argsort(-row)[:top]
-        told = result["probabilities"]
-        assert [entry["class"] for entry in told] == [CLASSES[i] for i in order]
-        np.testing.assert_allclose([entry["probability"] for entry in told], row[order], rtol=1e-4)
-        assert {"class": result["class"], "probability": result["probability"]} == told[0]
+        best = result["probabilities"]
+        assert [entry["class"] for entry in best] == [CLASSES[i] for i in order]
+        np.testing.assert_allclose([entry["probability"] for entry in best], row[order], rtol=1e-4)
+        assert {"class": result["class"], "probability": result["probability"]} == best[0]
 
 
 @pytest.mark.parametrize(("path", "most"), [("classify?top", 1000), ("search?k", 100)])
@@ -254,15 +256,15 @@ def test_the_model_is_described(client):
     }
 
 
-def test_the_map_has_a_point_an_image(client, indexed):
+def test_the_map_has_one_point_per_image(client, indexed):
     with np.load(indexed / "models/index/space of edges.npz") as arrays:
         places, labels = arrays["places"], json.loads(arrays["about"].tobytes())["labels"]
     answer = client.get("/v1/index/map").json()
     assert answer["labels"] == sorted(set(labels) - {None})
     assert [point[0] for point in answer["points"]] == [*range(260)]
     np.testing.assert_allclose([point[1:3] for point in answer["points"]], places, atol=1e-6)
-    told = [answer["labels"][point[3]] if point[3] >= 0 else None for point in answer["points"]]
-    assert told == labels
+    shown = [answer["labels"][point[3]] if point[3] >= 0 else None for point in answer["points"]]
+    assert shown == labels
 
 
 def test_thumbnails_are_small_jpegs(client):
@@ -311,7 +313,7 @@ def ask(app, method, path, **options):
 
 @pytest.fixture
 def bare(tmp_path, mean_onnx):
-    """The application with an encoder that has no classes and no index, and does not tell its image size."""
+    """The application with an encoder that has no classes, no index and no image size in its metadata."""
     return app(mean_onnx(tmp_path / "encoder.onnx"), tmp_path / "index", Flags())
 
 
@@ -343,6 +345,6 @@ def test_an_embedding_is_the_encoders_output_and_nothing_else(bare):
 
 def test_refused_images_are_counted_by_reason(bare):
     ask(bare, "POST", "/v1/embed", **form({"a": BAD["text"][0], "b": png(1, 2, 3), "c": BAD["cut.jpg"][0]}))
-    told = ask(bare, "GET", "/metrics").text
-    assert 'barlow_rejects_total{reason="format"} 1.0' in told
-    assert 'barlow_rejects_total{reason="damaged"} 1.0' in told
+    metrics = ask(bare, "GET", "/metrics").text
+    assert 'barlow_rejects_total{reason="format"} 1.0' in metrics
+    assert 'barlow_rejects_total{reason="damaged"} 1.0' in metrics

@@ -1,4 +1,4 @@
-"""The protocol's own public client against a service that runs."""
+"""The protocol's public client against a running service."""
 
 import httpx
 import numpy as np
@@ -52,17 +52,17 @@ def test_the_service_and_the_model_are_alive_and_ready(client):
 
 
 def test_the_service_and_the_model_describe_themselves(client, encoder):
-    told = client.get_server_metadata()
-    assert told == {"name": "barlow", "version": __version__, "extensions": ["binary_tensor_data"]}
-    told = client.get_model_metadata("encoder")
-    assert told == client.get_model_metadata("encoder", "encoder.onnx")
-    assert (told["name"], told["versions"]) == ("encoder", ["encoder.onnx"])
-    assert told["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]}]
-    assert told["outputs"] == [
+    description = client.get_server_metadata()
+    assert description == {"name": "barlow", "version": __version__, "extensions": ["binary_tensor_data"]}
+    description = client.get_model_metadata("encoder")
+    assert description == client.get_model_metadata("encoder", "encoder.onnx")
+    assert (description["name"], description["versions"]) == ("encoder", ["encoder.onnx"])
+    assert description["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]}]
+    assert description["outputs"] == [
         {"name": "embedding", "datatype": "FP32", "shape": [-1, 12]},
         {"name": "logits", "datatype": "FP32", "shape": [-1, 4]},
     ]
-    assert told["parameters"] == encoder.metadata
+    assert description["parameters"] == encoder.metadata
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -73,13 +73,17 @@ def test_answers_are_those_of_the_encoder(client, encoder, shape, sent, returned
     outputs = [triton.InferRequestedOutput(name, binary_data=returned == "binary") for name in ("embedding", "logits")]
     asked = None if returned == "default" else outputs
     answer = client.infer("encoder", tensor(images, sent == "binary"), outputs=asked, request_id="é 7")
-    told = answer.get_response()
-    assert (told["model_name"], told["model_version"], told["id"]) == ("encoder", "encoder.onnx", "é 7")
+    description = answer.get_response()
+    assert (description["model_name"], description["model_version"], description["id"]) == (
+        "encoder",
+        "encoder.onnx",
+        "é 7",
+    )
     for name, wanted in (("embedding", encoder.embed(images)), ("logits", encoder.classify(images))):
         assert answer.get_output(name)["datatype"] == "FP32"
-        found = answer.as_numpy(name)
-        assert (found.dtype, found.shape) == (np.float32, wanted.shape)
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+        values = answer.as_numpy(name)
+        assert (values.dtype, values.shape) == (np.float32, wanted.shape)
+        np.testing.assert_allclose(values, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_outputs_asked_for_come_back(client, encoder):
@@ -161,5 +165,5 @@ def test_json_without_a_client_library(service, encoder):
         answer = httpx.post(f"{service.url}/v2/models/{path}/infer", json={"inputs": [given]}, trust_env=False)
         assert answer.headers["content-type"] == "application/json"
         output = answer.json()["outputs"][0]
-        found = np.array(output["data"], np.float32).reshape(output["shape"])
-        np.testing.assert_allclose(found, encoder.embed(images), rtol=1e-4, atol=1e-5)
+        values = np.array(output["data"], np.float32).reshape(output["shape"])
+        np.testing.assert_allclose(values, encoder.embed(images), rtol=1e-4, atol=1e-5)

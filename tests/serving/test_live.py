@@ -27,7 +27,7 @@ IMAGE = np.full((4, 5, 3), (10, 20, 30), np.uint8)
 
 @pytest.fixture
 def write(mean_onnx):
-    """`write(path, factor, space)` writes an encoder of an image's means times a factor, whole or not at all."""
+    """`write(path, factor, space)` writes an encoder that returns an image's mean colour times a factor, atomically."""
 
     def write(path, factor=1.0, space="one", kind="", classes=()):
         with files.replacing(path) as temporary:
@@ -35,7 +35,7 @@ def write(mean_onnx):
             means = next(node for node in model.graph.node if node.op_type == "ReduceMean")
             means.output[0] = "means"
             nodes = [helper.make_node("Mul", ["means", "factor"], ["embedding"])]
-            if kind == "batch":  # what an image gets depends on those beside it
+            if kind == "batch":  # an image's embedding depends on the other images of its batch
                 nodes = [
                     helper.make_node("ReduceMean", ["means", "first"], ["all"], keepdims=1),
                     helper.make_node("Sub", ["means", "all"], ["embedding"]),
@@ -57,19 +57,19 @@ def write(mean_onnx):
 
 
 @asynccontextmanager
-async def watching(path, folder, **settings):
+async def watching(path, folder, **flags):
     metrics = Metrics()
-    found = Live(path, folder, Flags(**settings), metrics)
-    found.figure = lambda name, **labels: figure(metrics.text(), name, **labels)
+    served = Live(path, folder, Flags(**flags), metrics)
+    served.figure = lambda name, **labels: figure(metrics.text(), name, **labels)
     try:
-        yield found
+        yield served
     finally:
-        await found.close()
+        await served.close()
 
 
-async def factor(found):
-    """What the model that is served multiplies means with."""
-    (answer,) = (await found.current.engine.submit([IMAGE])).answers
+async def factor(served):
+    """Return the factor of the served model."""
+    (answer,) = (await served.current.engine.submit([IMAGE])).answers
     np.testing.assert_allclose(answer.embedding / [10, 20, 30], answer.embedding[0] / 10, rtol=1e-6)
     return answer.embedding[0] / 10
 
@@ -93,19 +93,19 @@ def test_another_version_in_production_is_served(tmp_path, write, caplog):
     registry.point(versions[0])
 
     async def story():
-        async with watching(registry.folder / "production/encoder.onnx", tmp_path) as found:
+        async with watching(registry.folder / "production/encoder.onnx", tmp_path) as served:
             for i in (1, 2, 1):
                 registry.point(versions[i - 1])
-                await found.look()
-                assert (found.current.name, found.current.space) == (f"v{i}", f"space {i}")
-                assert await factor(found) == i
-                assert found.figure("barlow_model_info", version=f"v{i}", space=f"space {i}") == 1
+                await served.look()
+                assert (served.current.name, served.current.space) == (f"v{i}", f"space {i}")
+                assert await factor(served) == i
+                assert served.figure("barlow_model_info", version=f"v{i}", space=f"space {i}") == 1
                 other = {"version": f"v{3 - i}", "space": f"space {3 - i}"}
-                assert found.figure("barlow_model_info", **other) == 0
+                assert served.figure("barlow_model_info", **other) == 0
             for _ in range(3):
-                await found.look()
-            assert found.figure("barlow_reloads_total", result="done") == 2
-            assert found.figure("barlow_reloads_total", result="refused") == 0
+                await served.look()
+            assert served.figure("barlow_reloads_total", result="done") == 2
+            assert served.figure("barlow_reloads_total", result="refused") == 0
 
     go(story())
     assert [record.getMessage() for record in caplog.records if "replaces" in record.getMessage()] == [
@@ -118,12 +118,12 @@ def test_another_file_of_the_same_name_is_served(tmp_path, write):
     path = write(tmp_path / "encoder.onnx")
 
     async def story():
-        async with watching(path, tmp_path) as found:
-            assert found.current.name == "encoder.onnx"
+        async with watching(path, tmp_path) as served:
+            assert served.current.name == "encoder.onnx"
             for i in (2, 3):
                 write(path, i)
-                await found.look()
-                assert await factor(found) == i
+                await served.look()
+                assert await factor(served) == i
 
     go(story())
 
@@ -134,7 +134,7 @@ def truncated(path, write):
 
 
 def registered(path, write):
-    """The folder of a version, with a card that tells another SHA-256."""
+    """The folder of a version whose card has a wrong SHA-256."""
     write(path.parent / "elsewhere/encoder.onnx")
     files.write_json(path.parent / "elsewhere/card.json", {"sha256": "0" * 64})
     path.symlink_to(path.parent / "elsewhere/encoder.onnx")
@@ -177,23 +177,23 @@ def test_a_bad_file_is_refused_once_and_the_old_model_goes_on_until_a_good_one_c
     path = write(tmp_path / "encoder.onnx", 5)
 
     async def story():
-        async with watching(path, tmp_path) as found:
-            first, running = found.current, threads()
+        async with watching(path, tmp_path) as served:
+            first, running = served.current, threads()
             path.unlink()
             make(path, write)
             for _ in range(3):
-                await found.look()
-                assert found.current is first
-                assert await factor(found) == 5
-                assert found.figure("barlow_reloads_total", result="refused") == 1
+                await served.look()
+                assert served.current is first
+                assert await factor(served) == 5
+                assert served.figure("barlow_reloads_total", result="refused") == 1
             assert threads() == running
             if path.is_dir():
                 path.rmdir()
             write(path, 7)
-            await found.look()
-            assert await factor(found) == 7
-            assert found.figure("barlow_reloads_total", result="done") == 1
-            assert found.figure("barlow_reloads_total", result="refused") == 1
+            await served.look()
+            assert await factor(served) == 7
+            assert served.figure("barlow_reloads_total", result="done") == 1
+            assert served.figure("barlow_reloads_total", result="refused") == 1
 
     with caplog.at_level(logging.ERROR):
         go(story())
@@ -206,12 +206,12 @@ def test_a_bad_file_that_changes_is_tried_again(tmp_path, write):
     path = write(tmp_path / "encoder.onnx")
 
     async def story():
-        async with watching(path, tmp_path) as found:
+        async with watching(path, tmp_path) as served:
             for i in range(1, 4):
                 path.write_text("x" * i)
-                await found.look()
-                assert found.figure("barlow_reloads_total", result="refused") == i
-            assert await factor(found) == 1
+                await served.look()
+                assert served.figure("barlow_reloads_total", result="refused") == i
+            assert await factor(served) == 1
 
     go(story())
 
@@ -220,8 +220,8 @@ def test_a_request_ends_on_the_model_it_began_with(tmp_path, write):
     path = write(tmp_path / "encoder.onnx", 1)
 
     async def story():
-        async with watching(path, tmp_path) as found:
-            old, entered, released = found.current, threading.Event(), threading.Event()
+        async with watching(path, tmp_path) as served:
+            old, entered, released = served.current, threading.Event(), threading.Event()
 
             class Slow:
                 def run(self, *arguments):
@@ -230,14 +230,14 @@ def test_a_request_ends_on_the_model_it_began_with(tmp_path, write):
                     return old.encoder.run(*arguments)
 
             old.engine.encoder = Slow()
-            early = asyncio.create_task(factor(found))
+            early = asyncio.create_task(factor(served))
             await asyncio.to_thread(entered.wait, 20)
-            late = asyncio.create_task(factor(found))  # in the queue
+            late = asyncio.create_task(factor(served))  # in the queue
             await asyncio.sleep(0)
             write(path, 2)
-            looking = asyncio.create_task(found.look())
-            await asyncio.to_thread(until, lambda: found.current is not old)
-            assert await factor(found) == 2  # at once
+            looking = asyncio.create_task(served.look())
+            await asyncio.to_thread(until, lambda: served.current is not old)
+            assert await factor(served) == 2  # at once
             assert not early.done()
             assert not looking.done()
             released.set()
@@ -252,13 +252,13 @@ def test_nothing_is_left_of_models_that_were_replaced(tmp_path, write):
 
     async def story():
         before = threads()
-        async with watching(path, tmp_path) as found:
+        async with watching(path, tmp_path) as served:
             running, gone = threads(), []
             for i in range(2, 5):
-                await factor(found)
-                gone.append(weakref.ref(found.current.encoder))
+                await factor(served)
+                gone.append(weakref.ref(served.current.encoder))
                 write(path, i)
-                await found.look()
+                await served.look()
                 assert threads() == running
             await asyncio.to_thread(until, lambda: gc.collect() >= 0 and not any(reference() for reference in gone))
         assert threads() == before
@@ -268,7 +268,7 @@ def test_nothing_is_left_of_models_that_were_replaced(tmp_path, write):
 
 @pytest.fixture
 def indexed(tmp_path, monkeypatch, capsys):
-    """`indexed(path, count)` writes the index of an encoder, of so many images, to the folder that it returns."""
+    """`indexed(path, count)` writes an index of `count` images for an encoder, and returns its folder."""
 
     def indexed(path, count):
         photos = tmp_path / f"{count} photos"
@@ -285,18 +285,18 @@ def test_an_index_comes_with_its_model_and_never_with_another(tmp_path, write, i
     indexed(write(tmp_path / "other.onnx", 2, "two"), 4)
 
     async def story():
-        async with watching(path, tmp_path / "index") as found:
-            await found.look()
-            assert found.current.index is None  # that of another space is there
-            assert found.figure("barlow_index_items") == 0
+        async with watching(path, tmp_path / "index") as served:
+            await served.look()
+            assert served.current.index is None  # the folder has an index of another space only
+            assert served.figure("barlow_index_items") == 0
             write(path, 2, "two")
-            await found.look()
-            assert len(found.current.index) == 4
-            assert found.figure("barlow_index_items") == 4
+            await served.look()
+            assert len(served.current.index) == 4
+            assert served.figure("barlow_index_items") == 4
             write(path, 1, "one")
-            await found.look()
-            assert found.current.index is None
-            assert found.figure("barlow_index_items") == 0
+            await served.look()
+            assert served.current.index is None
+            assert served.figure("barlow_index_items") == 0
 
     go(story())
 
@@ -306,27 +306,27 @@ def test_an_index_that_is_written_replaced_broken_or_removed_later_is_noticed(tm
     file = tmp_path / "index/one.npz"
 
     async def story():
-        async with watching(path, tmp_path / "index") as found:
-            assert found.current.index is None
+        async with watching(path, tmp_path / "index") as served:
+            assert served.current.index is None
             for count in (3, 5):
                 indexed(path, count)
-                await found.look()
-                assert found.figure("barlow_index_items") == len(found.current.index) == count
+                await served.look()
+                assert served.figure("barlow_index_items") == len(served.current.index) == count
             whole = file.read_bytes()
             for broken in (whole[:1000], b"", b"text"):
                 file.write_bytes(broken)
                 for _ in range(2):
-                    await found.look()
-                assert found.current.index is None
-                assert found.figure("barlow_index_items") == 0
-                assert await factor(found) == 1
+                    await served.look()
+                assert served.current.index is None
+                assert served.figure("barlow_index_items") == 0
+                assert await factor(served) == 1
             file.write_bytes(whole)
-            await found.look()
-            assert found.figure("barlow_index_items") == 5
+            await served.look()
+            assert served.figure("barlow_index_items") == 5
             file.unlink()
-            await found.look()
-            assert found.figure("barlow_index_items") == 0
-            assert found.figure("barlow_reloads_total", result="done") == 0
+            await served.look()
+            assert served.figure("barlow_index_items") == 0
+            assert served.figure("barlow_reloads_total", result="done") == 0
 
     go(story())
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -339,8 +339,8 @@ def test_an_index_of_another_space_under_this_ones_name_is_not_used(tmp_path, wr
     (tmp_path / "index/two.npz").rename(tmp_path / "index/one.npz")
 
     async def story():
-        async with watching(write(tmp_path / "encoder.onnx"), tmp_path / "index") as found:
-            assert found.current.index is None
+        async with watching(write(tmp_path / "encoder.onnx"), tmp_path / "index") as served:
+            assert served.current.index is None
 
     go(story())
     assert "is of embedding space two, not one" in caplog.text
@@ -356,9 +356,9 @@ def test_an_index_that_lacks_something_does_not_keep_a_model_from_being_served(t
     np.savez(file, **kept | {"about": about})
 
     async def story():
-        async with watching(path, tmp_path / "index") as found:
-            assert found.current.index is None
-            assert await factor(found) == 1
+        async with watching(path, tmp_path / "index") as served:
+            assert served.current.index is None
+            assert await factor(served) == 1
 
     go(story())
     assert "no search" in caplog.text
@@ -376,13 +376,13 @@ def test_it_looks_again_and_again_also_after_an_error(tmp_path, write, monkeypat
         return whole(path)
 
     async def story():
-        async with watching(path, tmp_path) as found:
+        async with watching(path, tmp_path) as served:
             monkeypatch.setattr(live, "signature", signature)
-            task = asyncio.create_task(found.watch())
+            task = asyncio.create_task(served.watch())
             await asyncio.to_thread(until, lambda: len(calls) > 4)
             write(path, 2)
             end = time.monotonic() + 60
-            while await factor(found) != 2:
+            while await factor(served) != 2:
                 assert time.monotonic() < end
                 await asyncio.sleep(0.01)
             task.cancel()
@@ -395,10 +395,10 @@ def test_it_looks_again_and_again_also_after_an_error(tmp_path, write, monkeypat
 
 def test_close_answers_what_was_asked(tmp_path, write):
     async def story():
-        async with watching(write(tmp_path / "encoder.onnx"), tmp_path, max_queue_delay_us=50_000) as found:
-            jobs = [asyncio.create_task(factor(found)) for _ in range(3)]
+        async with watching(write(tmp_path / "encoder.onnx"), tmp_path, max_queue_delay_us=50_000) as served:
+            jobs = [asyncio.create_task(factor(served)) for _ in range(3)]
             await asyncio.sleep(0)
-            await found.close()
+            await served.close()
             assert [job.result() for job in jobs] == [1, 1, 1]
 
     before = threads()

@@ -5,27 +5,27 @@ import pytest
 
 from barlow.encoder.encoder import Encoder
 from barlow.serving import oip
-from barlow.serving.limits import Refusal
+from barlow.serving.limits import RequestError
 from barlow.settings.flags import Flags
 
 KNOWN = ["embedding", "logits"]
 
 
 def tensor(**changed):
-    """Return a good input; a value None takes the key away."""
+    """Return a good input with changed keys; the value None removes a key."""
     good = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 2, 3], "data": [1, 2, 3, 4, 5, 6]}
     return {key: value for key, value in (good | changed).items() if value is not None}
 
 
-def parse(document, header=None, tail=b"", **settings):
+def parse(document, header=None, tail=b"", **flags):
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return oip.parse(body + tail, header, KNOWN, Flags(**settings))
+    return oip.parse(body + tail, header, KNOWN, Flags(**flags))
 
 
 def binary(array, **document):
-    """Return body and header as the extension describes them."""
-    told = tensor(shape=[*array.shape], data=None, parameters={"binary_data_size": array.nbytes})
-    head = json.dumps({"inputs": [told], **document}).encode()
+    """Return a binary request, body and header, as the extension describes it."""
+    given = tensor(shape=[*array.shape], data=None, parameters={"binary_data_size": array.nbytes})
+    head = json.dumps({"inputs": [given], **document}).encode()
     return head + array.tobytes(), str(len(head))
 
 
@@ -35,12 +35,12 @@ def test_tensors_come_through_as_they_are(shape, form):
     images = np.random.default_rng(shape[0]).integers(0, 256, shape, dtype=np.uint8)
     if form == "binary":
         body, header = binary(images)
-        found = oip.parse(body, header, KNOWN, Flags())
+        request = oip.parse(body, header, KNOWN, Flags())
     else:
         data = (images.ravel() if form == "flat" else images).tolist()
-        found = parse({"inputs": [tensor(shape=[*shape], data=data)]})
-    assert found.images.dtype == np.uint8
-    np.testing.assert_array_equal(found.images, images)
+        request = parse({"inputs": [tensor(shape=[*shape], data=data)]})
+    assert request.images.dtype == np.uint8
+    np.testing.assert_array_equal(request.images, images)
 
 
 def test_outputs_are_all_or_those_asked_for():
@@ -147,7 +147,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize(("document", "status", "message"), MALFORMED, ids=lambda value: ascii(value)[:30])
 def test_malformed_requests_say_where(document, status, message):
-    with pytest.raises(Refusal, match=message) as refused:
+    with pytest.raises(RequestError, match=message) as refused:
         parse(document)
     assert refused.value.status == status
     assert len(str(refused.value)) < 300
@@ -160,7 +160,9 @@ def test_malformed_requests_say_where(document, status, message):
 )
 def test_a_header_that_is_no_length_is_refused(header):
     body, _ = binary(np.zeros((1, 1, 2, 3), np.uint8))
-    with pytest.raises(Refusal, match=r"Inference-Header-Content-Length is .*, not a length of at most the") as refused:
+    with pytest.raises(
+        RequestError, match=r"Inference-Header-Content-Length is .*, not a length of at most the"
+    ) as refused:
         oip.parse(body, header, KNOWN, Flags())
     assert refused.value.status == 400
 
@@ -176,26 +178,26 @@ def test_a_header_that_is_no_length_is_refused(header):
         ("6", 6, None, r"binary_data_size '6'"),
         ([6], 6, None, r"binary_data_size \[6\]"),
         (6, 6, [1, 2, 3, 4, 5, 6], r"inputs\[0\] has 6 bytes"),
-        (None, 6, None, r"6 bytes follow the JSON, and inputs\[0\].parameters.binary_data_size tells of none"),
+        (None, 6, None, r"6 bytes follow the JSON, and inputs\[0\].parameters has no binary_data_size"),
     ],
 )
 def test_sizes_that_do_not_agree_are_refused(size, tail, data, message):
     head = json.dumps({"inputs": [tensor(data=data, parameters={"binary_data_size": size})]}).encode()
-    with pytest.raises(Refusal, match=message) as refused:
+    with pytest.raises(RequestError, match=message) as refused:
         parse(head, str(len(head)), bytes(tail))
     assert refused.value.status == 400
 
 
 def test_a_header_that_ends_inside_the_json_is_refused():
     body, header = binary(np.zeros((1, 1, 2, 3), np.uint8))
-    with pytest.raises(Refusal, match="the body is no JSON"):
+    with pytest.raises(RequestError, match="the body is no JSON"):
         oip.parse(body, str(int(header) - 1), KNOWN, Flags())
-    with pytest.raises(Refusal, match="the body is no JSON"):
+    with pytest.raises(RequestError, match="the body is no JSON"):
         oip.parse(body, None, KNOWN, Flags())
 
 
 def test_very_long_strings_for_numbers_cost_nothing():
-    """As an array of strings they would take the longest one's memory each."""
+    """In an array of strings each would take as much memory as the longest one."""
     data = ["a"] * 1000 + ["b" * 10_000_000]
-    with pytest.raises(Refusal, match="must be 6 whole numbers"):
+    with pytest.raises(RequestError, match="must be 6 whole numbers"):
         parse({"inputs": [tensor(data=data)]})

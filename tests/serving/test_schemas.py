@@ -1,12 +1,14 @@
-"""The description at /openapi.json; that answers keep to it is shown in test_hostile.py."""
+"""The document at /openapi.json; test_hostile.py checks the answers against it."""
 
 import asyncio
+import json
+import re
 
 import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from barlow.serving import schemas
+from barlow.serving import images_api, inference_api, schemas
 from barlow.serving.app import app
 
 
@@ -19,6 +21,33 @@ def described(tmp_path, mean_onnx):
             return (await client.get("/openapi.json")).json()
 
     return asyncio.run(get())
+
+
+def test_every_route_of_the_apis_is_described(described):
+    """Except the longer spellings of a path that is described."""
+    routes = {route.path: route for route in images_api.ROUTES + inference_api.ROUTES}
+    spellings = {path for path in routes if "/versions/" in path} | {"/v2/models/encoder/infer"}
+    assert routes.keys() - spellings | {"/metrics"} == described["paths"].keys()
+    for path, route in routes.items():
+        for method, operation in described["paths"].get(path, {}).items():
+            assert method.upper() in route.methods
+            in_path = {parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == "path"}
+            assert in_path == {*route.param_convertors}
+
+
+def test_operations_have_names_of_their_own(described):
+    """The names are part of the interface: client generators call their functions by them."""
+    names = [op["operationId"] for operations in described["paths"].values() for op in operations.values()]
+    assert len(names) == len(set(names)) == 15
+    assert {"embed_v1_embed_post", "infer_v2_models__name__infer_post", "sample_v1_index_samples__number__get"} < {
+        *names
+    }
+
+
+def test_every_reference_has_its_schema(described):
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(described)))
+    assert references == described["components"]["schemas"].keys() - {"Answer", "Result"}
+    assert {"Failure", "Embeddings", "Embedding", "Probability", "Neighbour"} < references
 
 
 def test_every_operation_describes_its_errors(described):

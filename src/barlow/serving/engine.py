@@ -1,8 +1,8 @@
-"""Dynamic batching: images of many requests go through the encoder together.
+"""Dynamic batching: images of several requests go through the encoder together.
 
-Each of some worker threads takes what waits, decodes it, runs the network and hands the answers back to the event loop
-at once. With a thread a processor and one processor a batch, decoding overlaps with computing and nothing waits for
-anything but work. A request's images go to one encoder, also while another takes over.
+A worker thread takes waiting images, decodes them, runs the network and hands the answers to the event loop. By default
+there is one thread per processor and each batch uses one processor, so one batch is decoded while another is computed.
+All images of a request go to the same encoder, even if a new encoder replaces it meanwhile.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from typing import NamedTuple
 from barlow.core import files
 from barlow.core.images import TooManyPixelsError, UnknownFormatError, decode
 from barlow.encoder.encoder import Encoder, Pixels, Vectors
-from barlow.serving.limits import Refusal
+from barlow.serving.limits import RequestError
 from barlow.serving.metrics import Metrics
 from barlow.settings.flags import Flags
 
-MAX_SIDE = 2**16  # pixels, what JPEG can have; the resize inside the network fails on sides of millions
+MAX_SIDE = 2**16  # pixels, the most that JPEG allows; the resize in the network fails on sides of millions
 logger = logging.getLogger("uvicorn.error")
 
 
 class Answer(NamedTuple):
-    """What the network says of one image."""
+    """The network's outputs for one image."""
 
     embedding: Vectors  # (dim,)
     logits: Vectors | None  # (classes,)
 
 
 class Failure(NamedTuple):
-    """Why one image has no answer: the parts of a `Refusal`.
+    """Why one image has no answer: the arguments of a `RequestError`.
 
-    A value, not an exception: one that was raised holds its traceback, and so the image and all that came with it.
+    It is a value and not an exception, because the traceback of an exception would keep the image in memory.
     """
 
     status: int
@@ -56,40 +56,40 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     answers: list[Answer | Failure | None] = field(default_factory=list)
     left: int = 0
-    queue: float = 0.0  # until the last image was taken
-    decode: float = 0.0  # of all images
-    infer: float = 0.0  # of the longest batch
+    queue: float = 0.0  # until a thread took the last image
+    decode: float = 0.0  # sum over the images
+    infer: float = 0.0  # of the slowest batch
 
 
 class Engine:
-    """An encoder with its queue and threads. `submit` belongs to the event loop's thread."""
+    """An encoder with its queue and threads. Only the event loop's thread may call `submit` and `close`."""
 
-    def __init__(self, encoder: Encoder, settings: Flags, metrics: Metrics) -> None:
+    def __init__(self, encoder: Encoder, flags: Flags, metrics: Metrics) -> None:
         self.encoder = encoder
-        self._settings, self._metrics = settings, metrics
+        self._flags, self._metrics = flags, metrics
         self._queue: deque[tuple[Job, int]] = deque()
         self._changed = threading.Condition()
         self._idle, self._closed = 0, False
-        self._jobs = 0  # that are not answered
+        self._jobs = 0  # submitted and not answered
         self._drained = asyncio.Event()
         self._drained.set()
-        workers = max(files.cpus() // settings.threads, 1)
+        workers = max(files.cpus() // flags.threads, 1)
         self._threads = [threading.Thread(target=self._work, daemon=True, name="barlow") for _ in range(workers)]
         for thread in self._threads:
             thread.start()
 
     async def submit(self, images: Sequence[bytes | Pixels]) -> Job:
-        """Decode and embed images; of each, `answers` has what came of it, in order.
+        """Decode and embed images; the job's `answers` are in the order of the images.
 
         Raises:
-            Refusal: the queue is full, or the time is over.
+            RequestError: the queue is full, or the time is over (503).
         """
-        loop, seconds = asyncio.get_running_loop(), self._settings.timeout_ms / 1000
+        loop, seconds = asyncio.get_running_loop(), self._flags.timeout_ms / 1000
         job = Job(images, time.monotonic() + seconds, loop, loop.create_future(), left=len(images))
         job.answers = [None] * len(images)
         with self._changed:
-            if len(self._queue) + len(images) > self._settings.max_queue:
-                raise Refusal(503, "queue", f"{len(self._queue)} images are waiting already; try again")
+            if len(self._queue) + len(images) > self._flags.max_queue:
+                raise RequestError(503, "queue", f"{len(self._queue)} images are waiting already; try again")
             self._queue.extend((job, i) for i in range(len(images)))
             self._changed.notify(len(images))
         self._metrics.queue.set(len(self._queue))
@@ -99,17 +99,17 @@ class Engine:
         try:
             await job.done
             if job.left:
-                raise Refusal(503, "deadline", f"no answer within {self._settings.timeout_ms} ms; try again")
+                raise RequestError(503, "deadline", f"no answer within {self._flags.timeout_ms} ms; try again")
         finally:
             timer.cancel()
-            job.deadline = 0.0  # where the client is gone, what is left of it is not computed
+            job.deadline = 0.0  # if the client is gone, the workers skip its remaining images
             self._jobs -= 1
             if not self._jobs:
                 self._drained.set()
         return job
 
     async def close(self) -> None:
-        """Let what was submitted end, then end the threads; the encoder can be dropped after that."""
+        """Wait for the submitted jobs, then end the threads; nothing uses the encoder after that."""
         await self._drained.wait()
         with self._changed:
             self._closed = True
@@ -118,8 +118,8 @@ class Engine:
             await asyncio.to_thread(thread.join)
 
     def _take(self) -> list[tuple[Job, int]]:
-        """Wait for images and return some: a fair share of what waits, so that no other idle thread stays idle."""
-        most, delay = self._settings.max_batch_size, self._settings.max_queue_delay_us / 1e6
+        """Wait for images and return a share of them, so that the other idle threads get some too."""
+        most, delay = self._flags.max_batch_size, self._flags.max_queue_delay_us / 1e6
         with self._changed:
             self._idle += 1
             while not self._queue and not self._closed:
@@ -140,7 +140,7 @@ class Engine:
             self._serve()
 
     def _serve(self) -> None:
-        """Take and answer a batch; not in `_work`, whose variables would hold its images while it waits for others."""
+        """Take and answer one batch. In `_work` its variables would keep the images while the thread waits again."""
         if batch := self._take():
             self._metrics.queue.set(len(self._queue))
             answers = self._run(batch)
@@ -161,7 +161,7 @@ class Engine:
                 if begun > job.deadline:
                     answers.append((job, i, Failure(503, "deadline", "the time was over before its turn")))
                     continue
-                image = _decoded(job.images[i], self._settings.max_pixels)
+                image = _decoded(job.images[i], self._flags.max_pixels)
                 if isinstance(image, Failure):
                     answers.append((job, i, image))
                     continue
@@ -176,9 +176,9 @@ class Engine:
                 for row, embedding in enumerate(embeddings):
                     answers.append((*good.popleft(), Answer(embedding, None if logits is None else logits[row])))
         except Exception:
-            known = {(id(job), i) for job, i, _ in answers}
-            left = [(job, i) for job, i in batch if (id(job), i) not in known]
-            if len(batch) > 1:  # each alone, so that one image is not the others' failure
+            answered = {(id(job), i) for job, i, _ in answers}
+            left = [(job, i) for job, i in batch if (id(job), i) not in answered]
+            if len(batch) > 1:  # run each image alone, so that one bad image does not fail the others
                 answers += [answer for entry in left for answer in self._run([entry])]
             else:
                 logger.exception("the model failed")
@@ -190,7 +190,7 @@ class Engine:
 
 
 def _decoded(image: bytes | Pixels, max_pixels: int) -> Pixels | Failure:
-    """Decode an image, or return why not."""
+    """Decode an image, or return why it cannot be decoded."""
     try:
         pixels = decode(image, max_pixels) if isinstance(image, bytes) else image
     except TooManyPixelsError as error:
@@ -214,6 +214,6 @@ def _deliver(answers: list[tuple[Job, int, Answer | Failure]]) -> None:
 
 
 def _end(job: Job) -> None:
-    """Let the job's `submit` go on: all is answered, or the time is over."""
+    """Wake the job's `submit`: all images are answered, or the time is over."""
     if not job.done.done():
         job.done.set_result(None)

@@ -1,82 +1,82 @@
-"""The paths of the Open Inference Protocol, version 2, for programs; `oip` has its format."""
+"""The paths of the Open Inference Protocol, version 2, under /v2; `oip` reads and writes its bodies."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Annotated, Any
-
 import numpy as np
-from fastapi import APIRouter, Path, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from barlow import __version__
-from barlow.serving import oip, schemas
+from barlow.serving import oip
 from barlow.serving.engine import Answer, Failure
-from barlow.serving.limits import Refusal
+from barlow.serving.limits import RequestError
 from barlow.serving.live import Served
 
-Name = Annotated[str, Path(json_schema_extra={"enum": ["encoder"]})]
-router = APIRouter(tags=["Open Inference Protocol"])
 
-
-@router.get("/v2")
-async def server() -> dict[str, Any]:
+async def server(_: Request) -> Response:
     """Name the server and what it speaks."""
-    return {"name": "barlow", "version": __version__, "extensions": ["binary_tensor_data"]}
+    return JSONResponse({"name": "barlow", "version": __version__, "extensions": ["binary_tensor_data"]})
 
 
-@router.get("/v2/health/live")
-async def live() -> dict[str, bool]:
+async def live(_: Request) -> Response:
     """Say that the process answers."""
-    return {"live": True}
+    return JSONResponse({"live": True})
 
 
-@router.get("/v2/health/ready")
-async def ready() -> dict[str, bool]:
+async def ready(_: Request) -> Response:
     """Say that requests are answered: the model is loaded before the first connection is accepted."""
-    return {"ready": True}
+    return JSONResponse({"ready": True})
 
 
-@router.get("/v2/models/{name}")
-@router.get("/v2/models/{name}/versions/{version}", include_in_schema=False)
-async def metadata(request: Request, name: Name) -> dict[str, Any]:
+async def metadata(request: Request) -> Response:
     """Describe the model; its name is `encoder`."""
-    served = _served(request, name)
-    return oip.metadata(served.encoder, served.name)
+    served = _served(request)
+    return JSONResponse(oip.metadata(served.encoder, served.name))
 
 
-@router.get("/v2/models/{name}/ready")
-@router.get("/v2/models/{name}/versions/{version}/ready", include_in_schema=False)
-async def model_ready(request: Request, name: Name) -> dict[str, Any]:
+async def model_ready(request: Request) -> Response:
     """Say that the model answers."""
-    served = _served(request, name)
-    return {"name": name, "version": served.name, "ready": True}
+    served = _served(request)
+    return JSONResponse({"name": "encoder", "version": served.name, "ready": True})
 
 
-@router.post("/v2/models/{name}/infer", responses=schemas.INFERRED, openapi_extra=schemas.INFERENCE)
-@router.post("/v2/models/{name}/versions/{version}/infer", include_in_schema=False)
-async def infer(request: Request, name: Name) -> Response:
+async def infer(request: Request) -> Response:
     """Embed a tensor of images, UINT8 [batch, height, width, 3]; tensors as JSON or binary."""
-    served, settings = _served(request, name), request.app.state.settings
-    known = oip.outputs(served.encoder)
-    asked = oip.parse(await request.body(), request.headers.get(oip.HEADER), [*known], settings)
-    job = await served.engine.submit(list(asked.images))
+    served = _served(request)
+    outputs = oip.outputs(served.encoder)
+    header = request.headers.get(oip.HEADER)
+    inference = oip.parse(await request.body(), header, [*outputs], request.app.state.flags)
+    job = await served.engine.submit(list(inference.images))
     for answer in job.answers:
         if isinstance(answer, Failure):
-            raise Refusal(*answer)
+            raise RequestError(*answer)
     answers = [answer for answer in job.answers if isinstance(answer, Answer)]
-    tensors = {output: np.stack([getattr(answer, output) for answer in answers]) for output in known}
-    body, headers = oip.render(asked, tensors, served.name)
+    tensors = {output: np.stack([getattr(answer, output) for answer in answers]) for output in outputs}
+    body, headers = oip.render(inference, tensors, served.name)
     return Response(body, headers=headers)
 
 
-def _served(request: Request, name: str) -> Served:
+def _served(request: Request) -> Served:
+    """Return the model of the path; raises HTTPException 404 where the path names another one."""
     served: Served = request.app.state.live.current
-    version = request.path_params.get("version")
+    name, version = request.path_params.get("name", "encoder"), request.path_params.get("version")
     if name != "encoder" or version not in (None, served.name):
         wanted = name if version is None else f"{name} version {version}"
         raise HTTPException(404, f"model {wanted[:50]!r} is not here; there is 'encoder' version {served.name!r}")
     return served
 
 
-DIRECT = {"/v2/models/encoder/infer": partial(infer, name="encoder")}
+ROUTES = [
+    Route("/v2/models/encoder/infer", infer, methods=["POST"]),  # a path of its own in the metrics
+    Route("/v2/models/{name}/infer", infer, methods=["POST"]),
+    Route("/v2/models/{name}/versions/{version}/infer", infer, methods=["POST"]),
+    Route("/v2", server),
+    Route("/v2/health/live", live),
+    Route("/v2/health/ready", ready),
+    Route("/v2/models/{name}", metadata),
+    Route("/v2/models/{name}/versions/{version}", metadata),
+    Route("/v2/models/{name}/ready", model_ready),
+    Route("/v2/models/{name}/versions/{version}/ready", model_ready),
+]

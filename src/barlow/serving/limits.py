@@ -1,4 +1,4 @@
-"""What the service takes on, and the ASGI layer that holds every request to it before anything else sees it."""
+"""The limits of a request, and the ASGI application that checks them before the router sees the request."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 
-from starlette.requests import Request
+from starlette.datastructures import State
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import Route, Router
+from starlette.types import Message, Receive, Scope, Send
 
 from barlow.serving.metrics import Metrics
 from barlow.settings.flags import Flags
 
 logger = logging.getLogger("uvicorn.error")
-Handler = Callable[[Request], Awaitable[Response]]
+
+BODY_SECONDS = 30.0  # a request's body must arrive within this time
+BODIES = 16  # the bodies of all requests together may hold this many times --max-body-bytes
+ASSETS = "/static-offline-docs"  # scripts and styles of /docs
+OPEN = ("/", "/docs", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready")  # these need no token
 
 
-BODY_SECONDS = 30  # in which a request's body must have come
-BODIES = 16  # of full size that are held at a time, all requests together
-OPEN = ("/", "/docs", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready")  # without a token
-
-
-class Refusal(Exception):
-    """A request that is not answered, with the HTTP status, a word for the metrics and a sentence for the client."""
+class RequestError(Exception):
+    """A request that is refused: the HTTP status, a word for the metrics and a sentence for the client."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)
@@ -33,25 +34,26 @@ class Refusal(Exception):
 
 
 class Guard:
-    """ASGI middleware: token, number of requests, bytes and time of a body, and the figures of all that.
+    """The ASGI application around a router: checks limits and token, turns exceptions into JSON, counts every answer.
 
-    POSTs to the paths of `direct` do not go through the application, which describes them: it would cost more than
-    half of the service's own work on a request.
+    It replaces the class Starlette, whose three layers cost 3 % of the requests per second (benchmarks/RESULTS.md).
     """
 
-    def __init__(
-        self, app: ASGIApp, settings: Flags, metrics: Metrics, token: str | None, direct: Mapping[str, Handler]
-    ) -> None:
-        self._app, self._settings, self._metrics, self._direct = app, settings, metrics, direct
+    def __init__(self, router: Router, flags: Flags, metrics: Metrics, token: str | None) -> None:
+        self.state = State()  # for the endpoints, which read `request.app.state`
+        self._router, self._flags, self._metrics = router, flags, metrics
         self._token = token.encode() if token else None
         self._requests = self._bytes = 0
+        routes = [route for route in router.routes if isinstance(route, Route) and "POST" in (route.methods or ())]
+        self._posts = {route.path for route in routes if not route.param_convertors}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request, or have the application answer it."""
+        """Answer the request, or end with an error in JSON."""
+        scope["app"] = self
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._router(scope, receive, send)
             return
-        started, status = time.perf_counter(), 0
+        started, status, held = time.perf_counter(), 0, 0
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -59,8 +61,6 @@ class Guard:
                 status = message["status"]
             await send(message)
 
-        held, path = 0, scope["path"]
-        handler = self._direct.get(path) if scope["method"] == "POST" else None
         self._requests += 1
         try:
             self._allow(scope)
@@ -68,71 +68,72 @@ class Guard:
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 body = await self._read(scope, receive)
                 held = len(body)
-            if handler is None:
-                await self._app(scope, _replay(body, receive), noting)
-            else:
-                scope["app"] = self._app
-                response = await handler(Request(scope, _replay(body, receive)))
-                await response(scope, receive, noting)
-        except Refusal as refusal:
-            self._metrics.rejects.labels(refusal.reason).inc()
-            await error(refusal.status, str(refusal))(scope, receive, noting)
+            await self._router(scope, _replay(body, receive), noting)
+        except RequestError as error:
+            self._metrics.rejects.labels(error.reason).inc()
+            await error_response(error.status, str(error))(scope, receive, noting)
+        except HTTPException as error:  # of the router: 404 and 405
+            await error_response(error.status_code, error.detail, error.headers)(scope, receive, noting)
         except Exception:
-            logger.exception("%s %s", scope["method"], path)
+            logger.exception("%s %s", scope["method"], scope["path"])
             if not status:
-                await error(500, "a bug in the service; its log says more")(scope, receive, noting)
+                await error_response(500, "a bug in the service; its log says more")(scope, receive, noting)
         finally:
             self._requests -= 1
             self._bytes -= held
-            if handler is None:  # a path that no route has is the client's to choose: it is not kept
-                path = getattr(scope.get("route"), "path", "other")
+            # a label is kept for ever, so the paths that only a client made up share one
+            path = scope["path"] if scope["path"] in self._posts else "other"
+            if (route := scope.get("route")) is not None:
+                path = route.path
             self._metrics.answered(path, status, time.perf_counter() - started)
 
     def _allow(self, scope: Scope) -> None:
-        path = scope["path"]
-        if self._requests > self._settings.max_concurrent and not path.startswith("/v2/health/"):
-            raise Refusal(
-                429, "concurrency", f"more than {self._settings.max_concurrent} requests at a time; try again"
-            )
-        if self._token and path not in OPEN and not path.startswith("/static-offline-docs/"):
-            given = _header(scope, b"authorization", b"")
-            scheme, _, sent = given.partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(sent, self._token):
-                raise Refusal(401, "token", "the header `Authorization: Bearer TOKEN` is missing or wrong")
+        path, most = scope["path"], self._flags.max_concurrent
+        if self._requests > most and not path.startswith("/v2/health/"):
+            raise RequestError(429, "concurrency", f"more than {most} requests at a time; try again")
+        if self._token and path not in OPEN and not path.startswith(f"{ASSETS}/"):
+            scheme, _, token = _header(scope, b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(token, self._token):
+                raise RequestError(401, "token", "the header `Authorization: Bearer TOKEN` is missing or wrong")
         if _header(scope, b"content-encoding", b"identity") != b"identity":
-            raise Refusal(415, "content", "a compressed body; send it as it is")
+            raise RequestError(415, "content", "a compressed body; send it as it is")
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """Return the body, if it is short enough and comes in time; its bytes are then counted as held."""
-        most = self._settings.max_body_bytes
-        length = _header(scope, b"content-length", b"0")
-        long = Refusal(413, "body", f"the request has more than the {most} bytes allowed")
-        if not length.isdigit() or len(length) > 18 or int(length) > most:
-            raise long
-        parts, size = [], 0
+        """Return the body. While it is read and afterwards, its bytes count towards those of all requests.
 
-        async def all_of_it() -> None:
+        Raises:
+            RequestError: the body is too long (413) or too slow (408), all bodies together are (429), or the client
+                went away (400).
+        """
+        most = self._flags.max_body_bytes
+        too_long = RequestError(413, "body", f"the request has more than the {most} bytes allowed")
+        length = _header(scope, b"content-length", b"0")
+        if not length.isdigit() or len(length) > 18 or int(length) > most:
+            raise too_long
+        parts, size = list[bytes](), 0
+
+        async def read() -> None:
             nonlocal size
             more = True
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise Refusal(400, "disconnect", "the client went away")
+                    raise RequestError(400, "disconnect", "the client went away")
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
                 self._bytes += len(parts[-1])
                 more = message.get("more_body", False)
                 if size > most:
-                    raise long
+                    raise too_long
                 if self._bytes > BODIES * most:
-                    raise Refusal(429, "bytes", "too many bytes in requests at a time; try again")
+                    raise RequestError(429, "bytes", "too many bytes in requests at a time; try again")
 
         try:
-            await asyncio.wait_for(all_of_it(), BODY_SECONDS)
+            await asyncio.wait_for(read(), BODY_SECONDS)
         except BaseException as error:
             self._bytes -= size
             if isinstance(error, asyncio.TimeoutError):
-                raise Refusal(408, "slow", f"the body did not come within {BODY_SECONDS} s") from None
+                raise RequestError(408, "slow", f"the body did not come within {BODY_SECONDS:g} s") from None
             raise
         return b"".join(parts) if len(parts) > 1 else parts[0]
 
@@ -143,7 +144,7 @@ def _header(scope: Scope, name: bytes, default: bytes) -> bytes:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body in one piece, and then what the server has to say."""
+    """Return a `receive` that gives the body in one piece, and afterwards the server's messages."""
     given = False
 
     async def again() -> Message:
@@ -156,8 +157,8 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Return what every error looks like."""
+def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the JSON that every error has, with the headers of its status."""
     return JSONResponse({"error": message}, status, {**(headers or {}), **_HEADERS.get(status, {})})
 
 

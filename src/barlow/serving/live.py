@@ -1,4 +1,4 @@
-"""The model that is served, and how another takes its place while requests go on."""
+"""The served model, and its replacement by a new one while requests go on."""
 
 from __future__ import annotations
 
@@ -27,109 +27,109 @@ Seen = tuple[str, int, int, int]
 
 
 class Served:
-    """A model that passed its checks, with its queue and, if there is one of its space, an index."""
+    """A model that passed its checks, with its engine and, if there is one for its embedding space, an index."""
 
-    def __init__(self, path: Path, folder: Path, settings: Flags, metrics: Metrics) -> None:
+    def __init__(self, path: Path, folder: Path, flags: Flags, metrics: Metrics) -> None:
         """Load, check and warm up.
 
         Raises:
-            UserError: the file is not what it should be; the message says what.
+            UserError: the file is damaged, or the model fails a check; the message says which.
         """
-        real = Path(os.path.realpath(path))  # unlike resolve(), also of links that lead in a circle
+        real = Path(os.path.realpath(path))  # unlike resolve(), it raises no error for links in a circle
         version = Version(real.parent)
         self.name = real.name
-        if (real.parent / "card.json").exists():  # it lies in a registry
+        if (real.parent / "card.json").exists():  # the file is in a registry
             self.name = version.name
             if damage := version.damage():
                 raise UserError(f"{path}: {damage}")
-            path = real  # the link may lead elsewhere by now
-        self.encoder = encoder = Encoder(path, settings.threads)
+            path = real  # the checked file: the link may point elsewhere by now
+        self.encoder = encoder = Encoder(path, flags.threads)
         _check(encoder, path)
         self.space = encoder.metadata["space"]
         self.index: Index | None = None
         self._index_path = folder / f"{self.space}.npz"
         self._index_seen: Seen | None = None
-        self.engine = Engine(encoder, settings, metrics)
+        self.engine = Engine(encoder, flags, metrics)
 
     def look_for_index(self) -> bool:
-        """Read the index if it is there and another than before; say whether it was. A bad one is logged."""
+        """Read the index if its file changed, and return whether it did. A bad index is logged and not used."""
         seen = signature(self._index_path)
         if seen == self._index_seen:
             return False
         self._index_seen = seen
         try:
             self.index = Index(self._index_path, self.space) if seen else None
-        except Exception as error:  # whatever is wrong with it, there is still the model
+        except Exception as error:  # a bad index must not stop the model
             logger.warning("no search: %s", error)
             self.index = None
         return True
 
 
 class Live:
-    """Watches a file, which may be a link (a registry's production/encoder.onnx), and its index."""
+    """Watches the model file, which may be a link (a registry's production/encoder.onnx), and its index."""
 
-    def __init__(self, path: Path, index: Path, settings: Flags, metrics: Metrics) -> None:
+    def __init__(self, path: Path, index: Path, flags: Flags, metrics: Metrics) -> None:
         """Load the model; raises UserError where it cannot be used."""
-        self._path, self._folder, self._settings, self._metrics = path, index, settings, metrics
+        self._path, self._folder, self._flags, self._metrics = path, index, flags, metrics
         self._seen = signature(path)
-        self.current = Served(path, index, settings, metrics)
+        self.current = Served(path, index, flags, metrics)
         self.current.look_for_index()
-        self._tell()
+        self._set_gauges()
 
     async def watch(self) -> None:
-        """Look again and again; never ends."""
+        """Look for changes every POLL_SECONDS; never returns."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
                 await self.look()
-            except Exception:  # a service that no longer looks would be stale for ever, and say nothing
+            except Exception:  # otherwise the service would never again see a new model
                 logger.exception("looking for a new model failed")
 
     async def look(self) -> None:
-        """If the file is another one, load and check it beside the old one, and swap; a bad one changes nothing."""
+        """If the file changed, load and check the new model, then replace the old one; a bad one is refused."""
         seen = await asyncio.to_thread(signature, self._path)
         if seen != self._seen:
             self._seen = seen
             try:
-                new = await asyncio.to_thread(Served, self._path, self._folder, self._settings, self._metrics)
+                new = await asyncio.to_thread(Served, self._path, self._folder, self._flags, self._metrics)
                 await asyncio.to_thread(new.look_for_index)
             except Exception as error:
                 self._metrics.reloads.labels("refused").inc()
                 logger.error("%s is refused, and %s goes on: %s", self._path, self.current.name, error)
                 return
             old, self.current = self.current, new
-            self._tell()
+            self._set_gauges()
             self._metrics.reloads.labels("done").inc()
             logger.info("%s (space %s) replaces %s", new.name, new.space, old.name)
             await old.engine.close()
             del old
             await asyncio.to_thread(_free)
         elif await asyncio.to_thread(self.current.look_for_index):
-            self._tell()
+            self._set_gauges()
             logger.info("index: %d images", len(self.current.index or ()))
 
     async def close(self) -> None:
-        """Answer what was asked, and end."""
+        """Answer the submitted requests, and end."""
         await self.current.engine.close()
 
-    def _tell(self) -> None:
+    def _set_gauges(self) -> None:
         self._metrics.model.clear()
         self._metrics.model.labels(self.current.name, self.current.space).set(1)
         self._metrics.index.set(len(self.current.index or ()))
 
 
 def signature(path: Path) -> Seen | None:
-    """Return what differs when another file is there: where links lead, inode, size and time; None where is none."""
+    """Return real path, inode, size and time of a file, which differ for another file; None if there is no file."""
     try:
         real = path.resolve(strict=True)
         status = real.stat()
-    except (OSError, RuntimeError):  # the latter: links that lead in a circle
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle
         return None
     return str(real), status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _check(encoder: Encoder, path: Path) -> None:
-    """Run the network, which also allocates what requests would wait for: finite, and the same alone and in a batch."""
+    """Check that outputs are finite and the same alone and in a batch; the run also allocates memory in advance."""
     text = encoder.metadata.get("image_size", "32")
     side = int(text) if text.isdigit() else 32
     pictures = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
@@ -147,7 +147,7 @@ def _check(encoder: Encoder, path: Path) -> None:
 
 
 def _free() -> None:
-    """Give the memory of a model that is gone back to the system; the C library would keep it."""
+    """Return the memory of a removed model to the system; the C library would keep it."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics."""
+"""The metrics that Prometheus reads at /metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """The figures of one service."""
+    """The metrics of one service."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
@@ -33,11 +33,11 @@ class Metrics:
         return self.requests.labels(path, str(status)).inc, self.latency.labels(path).observe
 
     def answered(self, path: str, status: int, seconds: float) -> None:
-        """Count an answer."""
+        """Count an answer and its time; `path` is a route's path, because every new label stays in memory."""
         count, observe = self._series(path, status)
         count()
         observe(seconds)
 
     def text(self) -> bytes:
-        """Return all of them in Prometheus' format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,7 +1,7 @@
-"""The Open Inference Protocol, version 2, with its binary tensor extension: tensors to images, answers to tensors.
+"""Bodies of the Open Inference Protocol, version 2, with its binary tensor extension: reads requests, writes answers.
 
-https://github.com/kserve/open-inference-protocol and Triton's protocol/extension_binary_data.md: a body is JSON or,
-with a header that tells the length of its JSON, JSON and then the tensors' bytes.
+https://github.com/kserve/open-inference-protocol and Triton's protocol/extension_binary_data.md. A body is JSON, or
+JSON followed by the tensors' bytes; in the second case the header HEADER has the length of the JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from barlow.encoder.encoder import Encoder, Pixels, Vectors
-from barlow.serving.limits import Refusal
+from barlow.serving.limits import RequestError
 from barlow.settings.flags import Flags
 
 HEADER = "Inference-Header-Content-Length"
@@ -28,16 +28,16 @@ class Request(NamedTuple):
 
     id: str | None
     images: Pixels  # (batch, height, width, 3)
-    outputs: list[tuple[str, bool]]  # name, and whether its values are binary
+    outputs: list[tuple[str, bool]]  # name, and whether the client wants it in binary
 
 
 def outputs(encoder: Encoder) -> dict[str, int]:
-    """Return the outputs' names with their lengths."""
+    """Return {name: length of one image's vector} of the encoder's outputs."""
     return {"embedding": encoder.dim} | ({"logits": len(encoder.classes)} if encoder.classes is not None else {})
 
 
 def metadata(encoder: Encoder, version: str) -> dict[str, Any]:
-    """Describe the model, as the protocol's model metadata."""
+    """Return the protocol's model metadata."""
     return {
         "name": "encoder",
         "versions": [version],
@@ -48,11 +48,11 @@ def metadata(encoder: Encoder, version: str) -> dict[str, Any]:
     }
 
 
-def parse(body: bytes, header: str | None, known: Sequence[str], settings: Flags) -> Request:
-    """Read a request body; `header` is the value of HEADER, `known` are the outputs there are.
+def parse(body: bytes, header: str | None, names: Sequence[str], flags: Flags) -> Request:
+    """Read a request body; `header` is the value of HEADER, `names` are the encoder's outputs.
 
     Raises:
-        Refusal: it does not follow the protocol; the message says where.
+        RequestError: the body does not follow the protocol (400) or is beyond a limit (413); the message says where.
     """
     length = len(body)
     if header is not None:
@@ -64,33 +64,33 @@ def parse(body: bytes, header: str | None, known: Sequence[str], settings: Flags
     except orjson.JSONDecodeError as error:
         raise _bad(f"the body is no JSON: {error}") from None
     request, parameters = _object(request, "the body"), _object(request, "the body").get("parameters", {})
-    name = request.get("id")
-    if name is not None and not isinstance(name, str):
+    id_ = request.get("id")
+    if id_ is not None and not isinstance(id_, str):
         raise _bad("id must be a string")
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1:
         raise _bad(f"inputs must be a list of one tensor, {INPUT!r}")
-    images = _images(_object(inputs[0], "inputs[0]"), memoryview(body)[length:], settings)
+    images = _images(_object(inputs[0], "inputs[0]"), memoryview(body)[length:], flags)
     default = bool(_object(parameters, "parameters").get("binary_data_output", False))
     wanted = request.get("outputs")
     if wanted is None:
-        return Request(name, images, [(output, default) for output in known])
+        return Request(id_, images, [(name, default) for name in names])
     if not isinstance(wanted, list):
         raise _bad("outputs must be a list")
     chosen = list[tuple[str, bool]]()
     for i, entry in enumerate(wanted):
         output = _object(entry, f"outputs[{i}]")
-        if output.get("name") not in known:
-            raise _bad(f"outputs[{i}].name is {_shown(output.get('name'))}; there are: {', '.join(known)}")
-        if any(output["name"] == name for name, _ in chosen):  # a short request would get an answer without bounds
+        if output.get("name") not in names:
+            raise _bad(f"outputs[{i}].name is {_shown(output.get('name'))}; there are: {', '.join(names)}")
+        if any(output["name"] == name for name, _ in chosen):  # or a short request could ask for an endless answer
             raise _bad(f"outputs[{i}].name is {output['name']!r} again; ask for each output once")
         binary = _object(output.get("parameters", {}), f"outputs[{i}].parameters").get("binary_data", default)
         chosen.append((output["name"], bool(binary)))
-    return Request(name, images, chosen)
+    return Request(id_, images, chosen)
 
 
-def _images(tensor: dict[str, Any], binary: memoryview, settings: Flags) -> Pixels:
-    """Return the one input as an array."""
+def _images(tensor: dict[str, Any], binary: memoryview, flags: Flags) -> Pixels:
+    """Return the input tensor as an array (batch, height, width, 3)."""
     shape = tensor.get("shape")
     if tensor.get("name") != INPUT or tensor.get("datatype") != "UINT8":
         name, datatype = _shown(tensor.get("name")), _shown(tensor.get("datatype"))
@@ -103,28 +103,28 @@ def _images(tensor: dict[str, Any], binary: memoryview, settings: Flags) -> Pixe
     ):
         raise _bad(f"inputs[0].shape is {_shown(shape)}; it must be [batch, height, width, 3]")
     batch, height, width, _ = shape
-    if batch > settings.max_images:
-        raise Refusal(413, "images", f"{batch} images; at most {settings.max_images} are allowed in a request")
-    if height * width > settings.max_pixels:
-        raise Refusal(413, "pixels", f"{width} x {height} pixels, more than the {settings.max_pixels} allowed")
+    if batch > flags.max_images:
+        raise RequestError(413, "images", f"{batch} images; at most {flags.max_images} are allowed in a request")
+    if height * width > flags.max_pixels:
+        raise RequestError(413, "pixels", f"{width} x {height} pixels, more than the {flags.max_pixels} allowed")
     size = _object(tensor.get("parameters", {}), "inputs[0].parameters").get("binary_data_size")
     if size is not None:
         if "data" in tensor or size != len(binary) or size != math.prod(shape):
             raise _bad(f"inputs[0] has {len(binary)} bytes for binary_data_size {_shown(size)} and shape {shape}")
         return np.frombuffer(binary, np.uint8).reshape(shape)
     if len(binary):
-        raise _bad(f"{len(binary)} bytes follow the JSON, and inputs[0].parameters.binary_data_size tells of none")
+        raise _bad(f"{len(binary)} bytes follow the JSON, and inputs[0].parameters has no binary_data_size")
     values = _flat(tensor.get("data"), shape)
     try:
         if len(values) == math.prod(shape) and set(map(type, values)) == {int}:
             return np.frombuffer(bytes(values), np.uint8).reshape(shape)
-    except ValueError:  # a number that is no byte
+    except ValueError:  # a number is not from 0 to 255
         pass
     raise _bad(f"inputs[0].data must be {math.prod(shape)} whole numbers from 0 to 255, flat or nested as the shape")
 
 
 def _flat(data: Any, shape: Sequence[int]) -> list[Any]:
-    """Return the numbers of nested lists; nothing where they are not nested as the shape."""
+    """Return the numbers of lists that are flat or nested like the shape; an empty list if they are neither."""
     values = data if isinstance(data, list) else []
     for n in shape[1:]:
         if not values or not isinstance(values[0], list):
@@ -163,9 +163,9 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """Return the beginning of a value of any size and depth."""
+    """Return the first 80 characters of a value, whatever its size and depth."""
     return f"{reprlib.repr(value):.80}"
 
 
-def _bad(message: str) -> Refusal:
-    return Refusal(400, "protocol", message)
+def _bad(message: str) -> RequestError:
+    return RequestError(400, "protocol", message)
