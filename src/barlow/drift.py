@@ -116,7 +116,7 @@ def _read_parquet(path: Path, encoder: Encoder, version: Version) -> Vectors:
     space, wanted = (schema.metadata or {}).get(b"space", b"unknown").decode(), encoder.metadata["space"]
     if space != wanted:
         raise UserError(f"drift.recent={path}: embedding space {space}, but {version.name} has {wanted}; {remedy}")
-    if [f.type for f in schema if f.name == "embedding"] != [pa.list_(pa.float32(), encoder.dim)]:
+    if [field.type for field in schema if field.name == "embedding"] != [pa.list_(pa.float32(), encoder.dim)]:
         raise UserError(f"drift.recent={path}: no column embedding with {encoder.dim} float32 per row; {remedy}")
     values = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     if not np.isfinite(values).all():

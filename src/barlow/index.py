@@ -2,7 +2,7 @@
 
 Reads an ONNX encoder and the images that are named. Without names it takes the images of the newest index or, if there
 is none, the training images in data/shards. Writes models/index/SPACE.npz, where SPACE is the id of the embedding
-space. So the indexes of several encoders lie side by side, and no encoder is given another one's.
+space. So each encoder has an index of its own.
 """
 
 from __future__ import annotations
@@ -70,10 +70,9 @@ def run(
     vectors = np.concatenate(batches)
     if not np.isfinite(vectors).all():
         raise UserError(f"{model} gives NaN or infinity; run `barlow pretrain` and `barlow export` again")
+    samples = first if samples is None else samples
     absolute = [os.fspath(Path(path).absolute()) for path in paths]
-    search.write(
-        target, encoder.metadata["space"], vectors, thumbnails, first if samples is None else samples, absolute
-    )
+    search.write(target, encoder.metadata["space"], vectors, thumbnails, samples, absolute)
     print(f"{target}: {len(thumbnails)} images, {target.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -87,7 +86,7 @@ def _paths_of_newest(folder: Path) -> list[str]:
 
 
 def _from_paths(paths: Iterable[Path | str]) -> Iterator[Item]:
-    """Yield the image files; below a folder that was named, the label is the name of the innermost folder."""
+    """Yield the image files of paths. The label is the name of a file's folder, if that lies below a named folder."""
     for path in paths:
         for name in find([path]):
             readable = os.fsencode(name).decode(errors="backslashreplace")  # JSON has no other bytes

@@ -1,5 +1,6 @@
 import hashlib
 import math
+import os
 
 import pytest
 
@@ -53,15 +54,16 @@ def test_what_is_required_must_exist(tmp_path, hint, end):
         assert str(caught.value) == f"{path} is missing; run `barlow report`{end}"
 
 
-def test_a_file_and_a_folder_are_there_and_a_broken_link_is_not(tmp_path):
+def test_a_file_and_a_folder_are_there_and_a_broken_link_or_a_pipe_is_not(tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("empty")
     (tmp_path / "broken").symlink_to("nowhere")
     (tmp_path / "circle").symlink_to("circle")
+    os.mkfifo(tmp_path / "pipe")
     for name in ("empty", "folder", "link"):
         files.require(tmp_path / name, "report")
-    for name in ("broken", "circle"):
+    for name in ("broken", "circle", "pipe"):
         with pytest.raises(UserError, match=rf"{name} is missing"):
             files.require(tmp_path / name, "report")
 

@@ -21,7 +21,7 @@ def batch(rng, labels):
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
-    """Serve a CIFAR-10 archive of 3 images per batch on 127.0.0.1; yield the archive and the requests."""
+    """Serve a CIFAR-10 archive of 3 images per batch on 127.0.0.1; yield its batches and the requests."""
     rng = np.random.default_rng(0)
     batches = {f"data_batch_{i}": batch(rng, [i, 0, 9]) for i in range(1, 6)} | {"test_batch": batch(rng, [3, 4, 5])}
     contents = {name: pickle.dumps(value) for name, value in batches.items()}

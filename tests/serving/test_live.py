@@ -157,7 +157,7 @@ BAD = {
     "missing": (lambda path, write: None, "is missing"),
     "dangling": (lambda path, write: path.symlink_to("nowhere"), "is missing"),
     "circle": (circle, "is missing"),
-    "folder": (lambda path, write: path.mkdir(), "is missing"),
+    "folder": (lambda path, write: path.mkdir(), "is not a whole ONNX file"),
 }
 
 

@@ -80,12 +80,12 @@ def read_json(path: Path | str) -> Any:
 
 
 def require(path: Path | str, command: str, hint: str = ", or `dvc repro` for all that is needed") -> None:
-    """Check that a file or folder exists.
+    """Check that a file or folder exists. A pipe or a device, which could block a reader, counts as missing.
 
     Raises:
-        UserError: it does not. The message names the command that writes it, and ends with `hint`.
+        UserError: it does not exist. The message names the command that writes it, and ends with `hint`.
     """
-    if not Path(path).exists():
+    if not (Path(path).is_file() or Path(path).is_dir()):
         raise UserError(f"{path} is missing; run `barlow {command}`{hint}")
 
 

@@ -185,10 +185,11 @@ def write_docs(context: Any, site: Path, outcomes: list[Outcome]) -> None:
     }
     marks = {"critical": "fa-times", "warning": "fa-exclamation-triangle"}
     rows = "".join(
-        f'<tr><td><i class="{"fa-check-circle" if o.success else marks[o.severity]}"></i> {o.name}<td>{o.severity}'
-        f"<td>{o.observed:g}<td>{o.bound:g}<td>{o.unexpected}<td>{html.escape(o.rule)}"
-        f'<td><a href="{html.escape(pages[o.table])}">{o.table}</a>'
-        for o in outcomes
+        f'<tr><td><i class="{"fa-check-circle" if outcome.success else marks[outcome.severity]}"></i> {outcome.name}'
+        f"<td>{outcome.severity}<td>{outcome.observed:g}<td>{outcome.bound:g}<td>{outcome.unexpected}"
+        f"<td>{html.escape(outcome.rule)}"
+        f'<td><a href="{html.escape(pages[outcome.table])}">{outcome.table}</a>'
+        for outcome in outcomes
     )
     heads = "<th>check<th>severity<th>found<th>bound<th>rows that fail<th>params<th>details"
     (site / "index.html").write_text(

@@ -36,7 +36,7 @@ class Encoder:
     """
 
     def __init__(self, path: Path | str = files.ONNX, threads: int | None = None) -> None:
-        """Load a file of `barlow export`; `threads` is the number of processors that this process may use by default.
+        """Load a file of `barlow export`, by default with one thread per processor that this process may use.
 
         Raises:
             UserError: the file is missing or damaged, or `barlow export` did not write it.

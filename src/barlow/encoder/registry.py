@@ -171,7 +171,7 @@ class Registry:
             shutil.rmtree(temporary, ignore_errors=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            needed = sum(c.stat().st_size if isinstance(c, Path) else len(c) for c in contents.values())
+            needed = sum(_bytes(content) for content in contents.values())
             raise UserError(f"{folder}: no space for {name}, {needed:,} bytes; production is as it was") from None
         return Version(folder / name)
 
@@ -200,6 +200,10 @@ class Registry:
 def now() -> str:
     """Return the time in UTC, to the second, as ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _bytes(content: Path | str | bytes) -> int:
+    return content.stat().st_size if isinstance(content, Path) else len(content)
 
 
 def _write(path: Path, content: Path | str | bytes) -> None:
