@@ -81,14 +81,15 @@ def run(params: Params) -> None:
                 f"{agreement.max_abs_diff}, predictions equal: {agreement.predictions_equal}"
             )
         pace = speed(exported, _resize(pictures, encoder.size, encoder.size))
+    print(
+        f"{files.ONNX}: smallest cosine to torch {agreement.cosine_min}, "
+        f"{pace.latency_ms} ms for one image, {pace.images_per_second} images/s in batches",
+        flush=True,
+    )
     parameters = sum(parameter.numel() for parameter in network.parameters())
     triton.write(files.ONNX, files.TRITON)
     precision = reduce(files.ONNX, files.REDUCED, params.export, params.evaluate)
     figures.write(files.EXPORTING, Exporting(agreement, pace, precision, exported.dim, parameters))
-    print(
-        f"{files.ONNX}: smallest cosine to torch {agreement.cosine_min}, "
-        f"{pace.latency_ms} ms for one image, {pace.images_per_second} images/s in batches"
-    )
 
 
 def reduce(source: Path, folder: Path, p: Export, evaluate: Evaluate) -> dict[str, Precision]:
@@ -115,6 +116,7 @@ def reduce(source: Path, folder: Path, p: Export, evaluate: Evaluate) -> dict[st
                 if fine:
                     with files.replacing(target) as whole:
                         shutil.copyfile(made, whole)
+                    print(f"{target}: linear probe {top1.linear:.1f} %, kNN {top1.knn:.1f} %", flush=True)
         if not precisions[name].written:
             target.unlink(missing_ok=True)
             print(f"{target} is not written: {reason}")

@@ -13,6 +13,7 @@ def clock(monkeypatch):
     """The clock that `Progress` reads; `now` is set by hand."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(Progress, "_last", clock.now)
     return clock
 
 
@@ -29,6 +30,13 @@ def test_without_a_total_and_in_chunks(clock, capsys):
             clock.now += 6
             counted.update(64)
     assert capsys.readouterr().out == "ingest: file 128\n"
+
+
+def test_many_short_ones_are_a_long_wait_too(clock, capsys):
+    for split in ("train", "val", "test"):
+        for _ in shown(range(2), split):
+            clock.now += 3
+    assert capsys.readouterr().out == "val: image 2\n"
 
 
 def test_what_is_quick_says_nothing(clock, capsys):

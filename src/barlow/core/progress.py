@@ -15,9 +15,11 @@ Item = TypeVar("Item")
 class Progress:
     """A count of what is done, out of `total` if that is known; `with Progress(...) as progress: progress.update()`."""
 
+    _last = time.monotonic()  # the time of the last line, of whichever Progress: many short ones are a long wait too
+
     def __init__(self, what: str, total: int | None = None, unit: str = "image") -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._count, self._last = 0, time.monotonic()
+        self._count = 0
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm  # here, so that a bare machine can do without it
@@ -36,8 +38,8 @@ class Progress:
         self._count += count
         if self._bar is not None:
             self._bar.update(count)
-        elif time.monotonic() - self._last > SECONDS:
-            self._last = time.monotonic()
+        elif time.monotonic() - Progress._last > SECONDS:
+            Progress._last = time.monotonic()
             print(f"{self._what}: {self._unit} {self._count}{f' of {self._total}' if self._total else ''}", flush=True)
 
 
