@@ -175,7 +175,7 @@ def test_a_full_disk_ends_the_run_at_once_and_it_goes_on_when_there_is_room(
             futures.wait([self.writer._last], 60)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "save_weights", full)
+        patch.setattr(checkpoint, "save_weights", full)
         patch.setattr(pretrain.Training, "record", recorded)
         with pytest.raises(UserError, match=r"000004.safetensors cannot be written \(No space left .*step-000000002"):
             pretrain.run(params)
