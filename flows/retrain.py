@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,15 +137,23 @@ def alone() -> Iterator[None]:
 
 
 def publish(rows: list[dict[str, Any]], decision: dict[str, Any] | None) -> None:
-    """Put the stages, the outcome of validation, the decision and the report on the run's page."""
+    """Put the stages, the outcome of validation, the decision and the report on the run's page.
+
+    A file that cannot be shown is named on the page; it must not decide how the run ends.
+    """
     create_table_artifact(
         key="stages", table=rows, description="the stages that DVC ran, and those that were up to date"
     )
-    for key, text in {
-        "validation": pages.validation(),
-        "decision": pages.decision(decision),
-        "report": pages.report(),
-    }.items():
+    parts: dict[str, Callable[[], str | None]] = {
+        "validation": pages.validation,
+        "decision": lambda: pages.decision(decision),
+        "report": pages.report,
+    }
+    for key, part in parts.items():
+        try:
+            text = part()
+        except Exception as error:  # a damaged file can make its reader raise anything
+            text = f"The {key} cannot be shown: {error}"
         if text:
             create_markdown_artifact(key=key, markdown=text)
 

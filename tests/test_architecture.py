@@ -152,7 +152,7 @@ def test_files_beside_the_modules_are_installed():
 def test_dvc_stages_are_the_commands():
     assert list(DVC["stages"]) == list(STAGES)
     for name, stage in DVC["stages"].items():
-        assert stage["cmd"] == f"PATH=$PATH:.venv/bin barlow {name}"
+        assert stage["cmd"] == f"PATH=.venv/bin:$PATH barlow {name}"
         assert stage["desc"]
 
 

@@ -129,6 +129,21 @@ def test_a_folder_without_metrics(tmp_path, monkeypatch):
         path.write_bytes(before)
 
 
+def test_metrics_of_an_older_shape_are_not_compared(monkeypatch):
+    path = files.REPORTS / "evaluate.json"
+    before = path.read_bytes()
+    try:
+        for text, message in {
+            '{"linear_top1": 80.0}': "this folder has metrics of an older shape",
+            "{": "not whole JSON",
+        }.items():
+            path.write_text(text)
+            with pytest.raises(UserError, match=message):
+                compare.run("old")
+    finally:
+        path.write_bytes(before)
+
+
 def test_outside_of_a_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

@@ -173,7 +173,7 @@ def write_parquet(vectors, space="mean", name="embedding"):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda: None, r"drift\.recent=r\.parquet is not there; name a folder"),
+        (lambda: None, r"r\.parquet does not exist; name a folder"),
         (
             lambda: Path("r.parquet").touch(),
             r"r\.parquet is no folder and no whole Parquet file \(.*; run `barlow",
@@ -229,7 +229,7 @@ def test_a_reference_that_is_damaged(check, promote, tmp_path, content):
 
 
 def test_settings_that_cannot_be(check, tmp_path):
-    with pytest.raises(UserError, match=r"drift\.recent=None names no images; set it, or write `barlow drift FOLDER"):
+    with pytest.raises(UserError, match=r"no recent images are named; write `barlow drift FOLDER"):
         check()
     with pytest.raises(UserError, match=r"drift\.max_images=15 is below drift\.min_images=20; raise it"):
         check("recent", max_images=15)

@@ -164,5 +164,5 @@ def test_without_labels_health_is_all(tmp_path, monkeypatch, smoke, split, capsy
 def test_without_features_it_says_what_to_run(tmp_path, monkeypatch, smoke):
     monkeypatch.chdir(tmp_path)
     files.write_json(files.SHARDS / "classes.json", CLASSES)
-    with pytest.raises(UserError, match=r"data/features/pretrained\.safetensors is missing; run `barlow extract`"):
+    with pytest.raises(UserError, match=r"data/features is missing; run `barlow extract`"):
         evaluate.run(smoke)

@@ -106,6 +106,22 @@ def test_an_edit_makes_stale_what_imports_it(project, module, stages):
     path.write_text(source)
 
 
+def test_what_editors_and_tools_leave_makes_nothing_stale(project):
+    for name in (
+        ".loss.py.swp",
+        "loss.py~",
+        ".#loss.py",
+        "loss.py.orig",
+        ".DS_Store",
+        ".mypy_cache/a",
+        "__pycache__/a.pyc",
+    ):
+        path = project / "src/barlow/training" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    assert run(project, "dvc", "status").strip() == "Data and pipelines are up to date."
+
+
 def test_a_new_key_in_promote_runs_nothing(project):
     schema, params = project / "src/barlow/settings/params.py", project / "params.yaml"
     before = [(path, path.read_text()) for path in (schema, params)]

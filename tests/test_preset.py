@@ -59,6 +59,23 @@ def test_a_preset_that_would_break_the_params_changes_nothing(tmp_path):
     assert not list(tmp_path.glob(".params*"))
 
 
+@pytest.mark.parametrize(
+    ("overlay", "message"),
+    [
+        (
+            {"data": {"source": "photos"}},
+            r"^with presets/mine\.yaml, params\.yaml: data is called ingest now; rename it$",
+        ),
+        (None, r"presets/mine\.yaml holds no sections"),
+        (["epochs"], r"presets/mine\.yaml holds no sections"),
+    ],
+)
+def test_a_preset_of_ones_own_that_does_not_fit_is_named(tmp_path, overlay, message):
+    (tmp_path / "presets/mine.yaml").write_text(yaml.safe_dump(overlay))
+    with pytest.raises(UserError, match=message):
+        preset.run("mine")
+
+
 def test_imagenets_rate_of_biases_and_decay_are_the_official_ones_on_the_true_gradient():
     """The official loss sums C over its processes by an all-reduce that autograd does not see.
 

@@ -337,7 +337,7 @@ def test_two_processes_are_stopped_and_one_goes_on_along_the_same_curve(project,
     assert max(path.name for path in checkpoint.FOLDER.glob("*/*")) == f"step-{step:09d}.safetensors"
 
     pretrain.run(gentle)
-    wanted = f"going on from step {step} of 24; 1 process(es) and not 2: the same batches of 32, other rounding"
+    wanted = f"going on from step {step} of 24; now 1 process(es), before 2: the same batches of 32, but other rounding"
     assert wanted in capsys.readouterr().out
     assert_close(curve("loss"), gentle_losses)
 

@@ -160,6 +160,14 @@ def test_one_that_gives_nan_is_refused(encoders, held):
         (lambda path: path.unlink(), r"No such file.*reports/evaluate\.json"),
         (lambda path: path.write_text('{"knn": {"top1": NaN}}'), r"knn\.top1 in reports/evaluate\.json is nan"),
         (lambda path: path.write_text('{"classes": 4}'), r"reports/evaluate\.json: images is missing"),
+        (
+            lambda path: path.write_text('{"classes": '),
+            r"reports/evaluate\.json is not whole JSON .*run `barlow evaluate`",
+        ),
+        (
+            lambda path: files.write_json(path, files.read_json(path) | {"encoders": {}}),
+            r"reports/evaluate\.json has no encoders\.pretrained; run `dvc repro`",
+        ),
     ],
 )
 def test_a_missing_metric_or_one_that_is_no_number(encoders, held, write, message):

@@ -361,3 +361,21 @@ def test_what_is_known_of_the_encoder(tmp_path, monkeypatch):
     assert facts["models/encoder.onnx"]["space"] == "0123456789abcdef"
     assert "classes" not in facts["models/encoder.onnx"]
     assert facts["This page"]["hardware"] == provenance.hardware()
+
+
+def test_claims_are_shown_with_the_data_they_were_tested_on_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert report.claims("synthetic") == {"claims": []}
+    files.write_json(files.CLAIMS, stages.claims())
+    assert report.claims("synthetic")["claims"]
+    assert report.claims("photos") == {"claims": []}
+    old = {
+        "data": "synthetic",
+        "claims": [{"points": [{"mean": 1.0, "low": 0, "high": 2, "runs": [{"linear_top1": 1}]}]}],
+    }
+    for document in (old, {"data": "synthetic", "claims": [{}]}, {"data": "synthetic", "claims": 1}):
+        files.write_json(files.CLAIMS, document)
+        with pytest.raises(
+            UserError, match=r"reports/claims\.json is damaged or of an older version; run `barlow claims`"
+        ):
+            report.claims("synthetic")

@@ -1,10 +1,12 @@
 """Barlow Twins, from unlabelled images to a served ONNX encoder.
 
+    ingest -> validate -> shard -> pretrain -> extract -> evaluate, finetune -> export -> report
+
 The names below are public. Each is imported at its first use, so `import barlow` loads neither torch nor onnxruntime.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from barlow.encoder.encoder import Encoder
@@ -24,11 +26,13 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'barlow' has no attribute {name!r}")
-    return getattr(import_module(f"barlow.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # a type checker would take any misspelt name for a public one
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module 'barlow' has no attribute {name!r}")
+        return getattr(import_module(f"barlow.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return ["__version__", *__all__]

@@ -79,7 +79,7 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
 
 
 def run_missing(todo: Mapping[str, Mapping[str, Any]], jobs: int) -> dict[str, str]:
-    """Run the experiments without a result and print the progress; return why each failed one failed, by name."""
+    """Run the experiments that have no result yet and print progress; return {name: reason} of those that failed."""
     finished = runs.finished()
     missing = {name: values for name, values in todo.items() if name not in finished}
     print(f"{len(todo)} experiments, {len(missing)} of them to run", flush=True)

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=description or text)
 
     for stage, text in STAGES.items():
-        added = command(stage, text, f"Stage `{stage}`: {text}. Flags: params.yaml.")
+        added = command(stage, text, f"Stage `{stage}`: {text}. Its settings are in params.yaml.")
         if stage == "pretrain":
             added.add_argument("--dry-run", action="store_true", help="print what would run, with its memory and time")
     command("scan", "note in data/source.json which files ingest.source has, so that DVC sees added images")

@@ -15,7 +15,7 @@ import yaml
 
 from barlow.core import files, provenance
 from barlow.core.errors import UserError
-from barlow.evaluation.figures import leaves
+from barlow.evaluation.figures import document, leaves
 from barlow.experiments import runs
 from barlow.reporting import charts, pages
 from barlow.settings.params import PARAMS
@@ -33,12 +33,14 @@ def run(revision: str) -> None:
     commit = resolve(revision)
     listed = provenance.git("ls-tree", "--name-only", commit, f"{files.REPORTS}/").splitlines()
     old = {Path(path).stem: runs.read(commit, path) for path in listed if path.endswith(".json")}
-    new = {path.stem: files.read_json(path) for path in sorted(files.REPORTS.glob("*.json"))}
+    new = {path.stem: document(path) for path in sorted(files.REPORTS.glob("*.json"))}
     for run, where in ((old, revision), (new, "this folder")):
         if "evaluate" not in run:
             raise UserError(
                 f"{where} has no {files.REPORTS}/evaluate.json, so there is nothing to compare; run `dvc repro`"
             )
+        if "linear_top1" in run["evaluate"]:  # before these files were nested
+            raise UserError(f"{where} has metrics of an older shape, which cannot be put side by side with these")
     drawn, missing = overlaid(commit)
     stages = sorted({*old, *new} - OF_MANY_RUNS)
     page = {

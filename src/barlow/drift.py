@@ -45,7 +45,9 @@ def run(params: Params, recent: str | None = None) -> None:
     """
     p, recent = params.drift, recent or params.drift.recent
     if recent is None:
-        raise UserError("drift.recent=None names no images; set it, or write `barlow drift FOLDER|PARQUET`")
+        raise UserError(
+            "no recent images are named; write `barlow drift FOLDER|PARQUET`, or set drift.recent in params.yaml"
+        )
     if p.max_images < p.min_images:
         raise UserError(f"drift.max_images={p.max_images} is below drift.min_images={p.min_images}; raise it")
     version = Registry(params.promote.registry).production()
@@ -109,18 +111,18 @@ def _read_parquet(path: Path, encoder: Encoder, version: Version) -> Vectors:
         with parquet.ParquetFile(path) as file:
             schema, table = file.schema_arrow, file.read(["embedding"])
     except FileNotFoundError:
-        raise UserError(f"drift.recent={path} is not there; name a folder of images or a Parquet file") from None
+        raise UserError(f"{path} does not exist; name a folder of images or a Parquet file") from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"drift.recent={path} is no folder and no whole Parquet file ({reason}); {remedy}") from None
+        raise UserError(f"{path} is no folder and no whole Parquet file ({reason}); {remedy}") from None
     space, wanted = (schema.metadata or {}).get(b"space", b"unknown").decode(), encoder.metadata["space"]
     if space != wanted:
-        raise UserError(f"drift.recent={path}: embedding space {space}, but {version.name} has {wanted}; {remedy}")
+        raise UserError(f"{path}: embedding space {space}, but {version.name} has {wanted}; {remedy}")
     if [field.type for field in schema if field.name == "embedding"] != [pa.list_(pa.float32(), encoder.dim)]:
-        raise UserError(f"drift.recent={path}: no column embedding with {encoder.dim} float32 per row; {remedy}")
+        raise UserError(f"{path}: no column embedding with {encoder.dim} float32 per row; {remedy}")
     values = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     if not np.isfinite(values).all():
-        raise UserError(f"drift.recent={path}: an embedding holds NaN or infinity; {remedy}")
+        raise UserError(f"{path}: an embedding holds NaN or infinity; {remedy}")
     return values.reshape(-1, encoder.dim)  # type: ignore[no-any-return]
 
 

@@ -40,7 +40,7 @@ class Draw(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One encoder's scores, and what was fitted and predicted for them; empty if a split has no labels."""
+    """One encoder's scores, probe, predictions and few-label draws; all empty if train, val or test has no labels."""
 
     scores: Scores  # without health
     head: dict[str, Tensor]  # weight (classes, dim) and bias (classes,) of the linear probe
@@ -54,6 +54,7 @@ def run(params: Params) -> None:
     Raises:
         UserError: `extract` has not run.
     """
+    files.require(files.FEATURES, "extract")
     classes, results = webdataset.classes(), {}
     labels = {name: features.load("pretrained", name).labels for name in SPLITS}
     for encoder in ("pretrained", *(BASELINES if params.extract.baselines else ())):
@@ -99,7 +100,7 @@ def score(splits: dict[str, Split], classes: int, p: Evaluate, encoder: str) -> 
 def few_label_probe(
     train: Labelled, val: Labelled, test: Labelled, classes: int, p: Evaluate, budget: Budget, draw: int
 ) -> Draw:
-    """Fit a linear probe on one draw of labelled images; every image of train serves its standardisation."""
+    """Fit a linear probe on one draw of labelled images, standardised by all images of train."""
     chosen = probe.draw_labels(train[1], budget.each, [p.seed, draw])
     few = (train[0][chosen], train[1][chosen])
     weight, bias, _ = probe.choose_linear(few, val, classes, p.probe_l2, unlabelled=train[0])

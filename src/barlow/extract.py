@@ -3,9 +3,9 @@
 Reads models/encoder.safetensors and data/shards. Writes data/features/{pretrained,random,pixels}.safetensors, which
 `features.load` reads. The baselines are an untrained network of the same shape, and the pixels themselves.
 
-Features are the backbone's output for the whole image, resized, with no augmentation. The splits train, val and test
-hold the labelled images (a test split without labels: its first images). `health` holds images of val, or of pretrain
-where val is small; `view_a` and `view_b` hold two distorted views of as many images.
+Features are the backbone's output for the whole image, resized, with no augmentation. train, val and test hold the
+labelled images; if test has no labels, its first images stand in. `health` holds images of val, or of pretrain where
+val is small; `view_a` and `view_b` hold two distorted views of as many images.
 """
 
 from __future__ import annotations

@@ -30,10 +30,16 @@ def run(name: str) -> None:
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     document = yaml.load(params.PARAMS)
-    changes = list(merge(document, strict.read_yaml(FOLDER / f"{name}.yaml"), ""))
+    overlay = strict.read_yaml(FOLDER / f"{name}.yaml")
+    if not isinstance(overlay, dict):
+        raise UserError(f"{FOLDER / name}.yaml holds no sections of `key: value` lines")
+    changes = list(merge(document, overlay, ""))
     with files.replacing(params.PARAMS) as temporary:
         yaml.dump(document, temporary)
-        params.load(temporary)
+        try:
+            params.load(temporary)
+        except UserError as error:
+            raise UserError(str(error).replace(str(temporary), f"with {FOLDER / name}.yaml, {params.PARAMS}")) from None
     print("\n".join(changes) or f"params.yaml already has every value of {name}")
 
 

@@ -111,8 +111,11 @@ def decide(params: Params, registry: Registry, champion: Version | None) -> dict
 
 
 def metrics() -> dict[str, dict[str, Any]]:
-    """Return reports/NAME.json by NAME; raises FileNotFoundError."""
-    return {name: files.read_json(files.REPORTS / f"{name}.json") for name in METRICS}
+    """Return reports/NAME.json by NAME; raises FileNotFoundError, and GateError where one is damaged."""
+    try:
+        return {name: figures.document(files.REPORTS / f"{name}.json") for name in METRICS}
+    except UserError as error:
+        raise GateError(str(error)) from None
 
 
 def _complete(documents: dict[str, dict[str, Any]]) -> None:
@@ -126,6 +129,12 @@ def _complete(documents: dict[str, dict[str, Any]]) -> None:
             figures.build(kind, documents[stage], f"{files.REPORTS / stage}.json")
     except UserError as error:
         raise GateError(str(error)) from None
+    for stage, keys in {"pretrain": ("loss",), "evaluate": ("encoders", "pretrained")}.items():
+        value = documents[stage]
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            raise GateError(f"{files.REPORTS / stage}.json has no {'.'.join(keys)}; run `dvc repro`")
 
 
 def _add(params: Params, registry: Registry, decision: dict[str, Any]) -> Version:

@@ -44,7 +44,6 @@ INPUTS = {
     files.FINETUNING: "finetune",
     files.EXPORTING: "export",
     files.ONNX: "export",
-    files.CLAIMS: "claims",
 }
 QUARANTINE_SHOWN = 24  # quarantined files, at most
 COUNTED = 20  # classes, at most
@@ -96,7 +95,7 @@ def run(params: Params) -> None:
         "map": gallery.embedding_map(test, classes),
         **shown(test, classes, confusion, params.report.images),
         "class_ends": results.ends(confusion["by_class"]) if confusion else [],
-        "claims": claims(),
+        "claims": claims(params.ingest.source),
         "provenance": facts(),
         "packages": provenance.packages(),
     }
@@ -164,10 +163,15 @@ def shown(test: features.Split, classes: list[str], confusion: dict[str, Any] | 
     return {"neighbours": neighbours, "confusion": confusion}
 
 
-def claims() -> dict[str, Any]:
-    """Return reports/claims.json with each claim laid out."""
-    document: dict[str, Any] = files.read_json(files.CLAIMS)
-    return document | {"claims": [results.claim(entry) for entry in document["claims"]]}
+def claims(source: str) -> dict[str, Any]:
+    """Return reports/claims.json with each claim laid out; no claims if they were tested on another source."""
+    document: dict[str, Any] = files.read_json(files.CLAIMS) if files.CLAIMS.exists() else {"claims": []}
+    if document.get("data") != source:
+        return {"claims": []}
+    try:
+        return document | {"claims": [results.claim(entry) for entry in document["claims"]]}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{files.CLAIMS} is damaged or of an older version; run `barlow claims` again") from None
 
 
 def facts() -> dict[str, dict[str, str]]:

@@ -41,6 +41,7 @@ def _before(registry: Registry, current: Version | None) -> Version:
         raise UserError(f"nothing is in production in {registry.folder}; `barlow promote` puts a first version there")
     if (earlier := registry.before(current)) is None:
         raise UserError(
-            f"{registry.folder} has no intact version before {current.name}; name one: `barlow rollback v1`"
+            f"{registry.folder} has no intact version before {current.name} to go back to; "
+            f"`ls {registry.folder / 'versions'}` lists all, and `barlow rollback VERSION` takes one"
         )
     return earlier

@@ -14,6 +14,8 @@ def run() -> None:
         UserError: nothing was evaluated yet.
     """
     files.require(files.EVALUATION, "evaluate")
+    if not files.ONNX.exists():
+        print("Nothing was run here yet. These figures are in git, of an earlier run:")
     finetuning = read(FineTuning, files.FINETUNING) if files.FINETUNING.exists() else None
     print(tables.table(read(Evaluation, files.EVALUATION), finetuning))
     for title, path in {"encoder": files.ONNX, "report": files.REPORT}.items():

@@ -98,6 +98,13 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '""'])
+def test_a_damaged_list_of_withdrawn_versions_is_named(tmp_path, content):
+    (tmp_path / "withdrawn.json").write_text(content)
+    with pytest.raises(UserError, match=r"withdrawn\.json is damaged; repair it, or delete it"):
+        Registry(tmp_path).withdrawn()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_changes_nothing(tmp_path):
     disk = tmp_path / "disk"

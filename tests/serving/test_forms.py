@@ -153,3 +153,20 @@ def test_a_form_of_very_many_parts_is_refused_at_once():
     with pytest.raises(RequestError, match="more than 1000 parts in the form") as refused:
         form(fields, PART, b"\r\n")
     assert refused.value.status == 413
+
+
+@pytest.mark.parametrize(
+    ("disposition", "name"),
+    [
+        (b"filename*=utf-8''caf%C3%A9.png", "café.png"),
+        (b"filename=\"cafe.png\"; filename*=UTF-8'en'caf%C3%A9.png", "café.png"),
+        (b"filename*=iso-8859-1''caf%E9.png", "café.png"),
+        (b"filename*=nonsense''a.png", "files[0]"),
+        (b"filename*0=a.png", "files[0]"),
+        (b"FileName*=utf-8''a.png", "a.png"),
+    ],
+)
+def test_extended_file_names_are_read(disposition, name):
+    """RFC 5987, as requests and curl write a name that is not ASCII; a name in no known form still is an image."""
+    part = b'--b\r\nContent-Disposition: form-data; name="files"; ' + disposition + b"\r\n\r\nabc\r\n"
+    assert form(part) == ([name], [b"abc"])

@@ -119,3 +119,10 @@ def test_presets_name_known_keys_only(request, document):
         for section, overlay in yaml.safe_load(path.read_text()).items():
             hints = typing.get_type_hints(typing.get_type_hints(params.Params)[section])
             assert overlay.keys() <= hints.keys(), path
+
+
+def test_the_old_name_of_a_section_is_told_with_its_new_one(tmp_path, request):
+    text = (request.config.rootpath / "params.yaml").read_text().replace("ingest:\n", "data:\n", 1)
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"params\.yaml: data is called ingest now; rename it$"):
+        params.load(tmp_path / "params.yaml")

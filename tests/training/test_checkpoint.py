@@ -59,7 +59,7 @@ def test_other_runs_are_named_with_what_would_go_on_with_them(tmp_path):
     told = list(checkpoint.others(ours, IDENTITY))
     assert len(told) == 2
     assert told[0] == f"{foreign} has a damaged checkpoint of another run; delete the folder"
-    wanted = "(other data, pretrain.lambd=0.1); set that back to go on with it, or delete the folder"
+    wanted = "(other data, pretrain.lambd=0.1); set that back to resume it, or delete the folder"
     assert told[1] == f"{older} has checkpoints of another run {wanted}"
     assert "pretrain.lambd=0.002" in list(checkpoint.others(older, IDENTITY | {"pretrain": {"lambd": 0.1}}))[1]
     save(older, 9, identity=IDENTITY)

@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 class Progress:
     """A count of what is done, out of `total` if that is known; `with Progress(...) as progress: progress.update()`."""
 
-    _last = time.monotonic()  # the time of the last line, of whichever Progress: many short ones are a long wait too
+    _last = time.monotonic()  # of the last line; shared, so that many short ones print every ten seconds too
 
     def __init__(self, what: str, total: int | None = None, unit: str = "image") -> None:
         self._what, self._total, self._unit = what, total, unit

@@ -110,7 +110,7 @@ class Registry:
         return None
 
     def before(self, version: Version) -> Version | None:
-        """Return the last version in production before `version` that is intact and was not rolled back, or None."""
+        """Return the version that was in production before `version`, skipping damaged and withdrawn ones, or None."""
         earlier = self.versions()
         while earlier := [known for known in earlier if known.number < version.number]:
             try:
@@ -185,7 +185,11 @@ class Registry:
 
     def withdrawn(self) -> dict[str, str]:
         """Return the time at which each withdrawn version was rolled back."""
-        return files.read_json(self._withdrawn) if self._withdrawn.exists() else {}
+        try:
+            times: dict[str, str] = files.read_json(self._withdrawn) if self._withdrawn.exists() else {}
+            return dict(times.items())
+        except (ValueError, AttributeError):
+            raise UserError(f"{self._withdrawn} is damaged; repair it, or delete it to withdraw nothing") from None
 
     def withdraw(self, version: Version | None, instead: Version) -> None:
         """Record that `version` was rolled back, and that `instead` is no longer withdrawn."""

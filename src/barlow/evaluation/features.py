@@ -19,7 +19,7 @@ from barlow.evaluation import probe
 from barlow.training import distributed, model
 
 CHUNK = 256  # images decoded and embedded at a time
-KNN = (20, 0.1)  # k and temperature while training runs; not evaluate's, of which pretraining must not depend
+KNN = (20, 0.1)  # k and temperature of the kNN during training; pretraining must not depend on evaluate's
 
 Pixels = TypeVar("Pixels")
 
@@ -95,27 +95,27 @@ def load(encoder: str, name: str) -> Split:
 
 
 def knn_on_val(encoder: model.FrozenEncoder, device: torch.device) -> dict[str, float]:
-    """Return `knn_val_top1`, in percent, of val against train; nothing where one of them has no labels.
+    """Return {"knn_val_top1": percent}, the kNN accuracy on val with neighbours of train; {} if either has no labels.
 
-    All processes take part, each with its share of the images, and return what one process alone would.
+    All processes take part, each with its share of the images. Each returns what one process alone would.
     """
     rank, world = distributed.rank(), distributed.world_size()
-    # Every process reads all files, since the labels lie between them; what takes long, it does for its own.
+    # Every process reads all tars, since labels lie between the images, but decodes and embeds its own share alone.
     train, val = (embed(encoder, islice(labelled(split), rank, None, world), device) for split in ("train", "val"))
     n_train, n_val = (int(distributed.all_reduce(torch.tensor(len(split.keys)))) for split in (train, val))
     if not n_train or not n_val:
         return {}
     bank, labels = gathered(train.features, n_train), gathered(train.labels, n_train)
     scores = probe.knn(val.features, bank, labels, len(webdataset.classes()), *KNN)
-    found, wanted = gathered(scores.argmax(1), n_val), gathered(val.labels, n_val)
-    return {"knn_val_top1": probe.accuracy(found, wanted)}
+    predicted, labels = gathered(scores.argmax(1), n_val), gathered(val.labels, n_val)
+    return {"knn_val_top1": probe.accuracy(predicted, labels)}
 
 
 def gathered(part: Tensor, n: int) -> Tensor:
-    """Return all `n` rows in their order, of which process i has those numbered i, i + world_size, ..."""
+    """Gather all `n` rows in their order, of which process i holds rows i, i + world_size, ..."""
     world = distributed.world_size()
     if world == 1:
         return part
-    padded = part.new_zeros(ceil(n / world), *part.shape[1:])  # the collective wants as many of each process
+    padded = part.new_zeros(ceil(n / world), *part.shape[1:])  # all_gather takes equally many rows of each process
     padded[: len(part)] = part
     return distributed.all_gather(padded).reshape(world, *padded.shape).transpose(0, 1).flatten(0, 1)[:n]

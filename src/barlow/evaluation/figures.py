@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from barlow.core import files
+from barlow.core.errors import UserError
 from barlow.settings import strict
 
 
@@ -192,7 +193,20 @@ def read(kind: type[Kind], path: Path) -> Kind:
         FileNotFoundError: there is none.
         UserError: its keys are not those of `kind`; the message names the file, the key and the value.
     """
-    return build(kind, files.read_json(path), str(path))
+    return build(kind, document(path), str(path))
+
+
+def document(path: Path) -> Any:
+    """Read a JSON file of metrics as it is.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: the file is damaged.
+    """
+    try:
+        return files.read_json(path)
+    except ValueError as error:
+        raise UserError(f"{path} is not whole JSON ({error}); run `barlow {path.stem}` again") from None
 
 
 def build(kind: type[Kind], document: Any, file: str) -> Kind:

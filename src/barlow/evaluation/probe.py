@@ -1,4 +1,4 @@
-"""What frozen features are worth: linear probe, weighted kNN, confidence intervals and label-free health."""
+"""Linear probe and weighted kNN on frozen features."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def choose_linear(
 
 
 def draw_labels(labels: Labels, each: float | int, seed: Sequence[int]) -> Int[Tensor, " drawn"]:
-    """Draw images of every class: `each` of them, or all there are; below 1, that share of them, one at least.
+    """Draw labelled images of every class; return their numbers in ascending order.
 
-    Returns the numbers of the drawn images, in ascending order.
+    `each` of at least 1 is a number of images per class (at most all of them); below 1, a share (at least one image).
     """
     rng, drawn = np.random.default_rng([*seed, round(1e6 * each)]), []
     for label in sorted(set(labels.tolist())):
@@ -100,22 +100,22 @@ def knn(
 ) -> Float[Tensor, "queries {classes}"]:
     """Score classes by the k nearest of `bank` in cosine similarity s, each with weight exp((s - s_1) / temperature).
 
-    s_1 is the nearest one's: scores compare within a query, not between queries. The weighted kNN of Wu et al.,
-    arXiv 1805.01978, section 3.4.
+    s_1 is the similarity of the nearest: scores compare within a query, not between queries. The weighted kNN of Wu et
+    al., arXiv 1805.01978, section 3.4.
     """
     bank = functional.normalize(bank).T
     scores = []
     for chunk in torch.split(functional.normalize(queries), 1024):
         similarity, nearest = (chunk @ bank).topk(min(k, bank.shape[1]))
         votes = torch.zeros(len(chunk), classes, device=chunk.device)
-        # Each row's weights over that of its nearest, or exp(1 / temperature) is infinite in float32 from 1/88 down.
+        # Over the nearest one's weight: exp(1 / temperature) alone overflows float32 at temperatures below 1/88.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         scores.append(votes.scatter_add_(1, labels[nearest], weights))
     return torch.cat(scores)
 
 
 class Predictions(NamedTuple):
-    """Classes of the test images, int64 (test,), by two readings of frozen features, and the linear one's weights."""
+    """Predicted classes of the test images, int64 (test,), by linear probe and by kNN; and the probe itself."""
 
     linear: Tensor
     knn: Tensor

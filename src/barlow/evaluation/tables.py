@@ -17,9 +17,10 @@ def table(evaluation: Evaluation, finetuning: FineTuning | None) -> str:
         lines.append(f"{title:<26}" + "".join(f"{cell:>22}" for cell in cells).rstrip())
     if len(lines) == 1:
         lines.append("train, val or test has no labels: only the health of the features was measured")
-    health = [scores.health for name in COLUMNS if (scores := evaluation.encoders.get(name)) and scores.health]
+    health = [scores.health if (scores := evaluation.encoders.get(name)) else None for name in COLUMNS]
     for key in ("effective_rank", "alignment", "uniformity"):
-        lines.append(f"{key.replace('_', ' '):<26}" + "".join(f"{getattr(each, key):>22.2f}" for each in health))
+        cells = (f"{getattr(each, key):.2f}" if each else "" for each in health)
+        lines.append(f"{key.replace('_', ' '):<26}" + "".join(f"{cell:>22}" for cell in cells).rstrip())
     return "\n".join(lines)
 
 

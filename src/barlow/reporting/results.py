@@ -174,7 +174,7 @@ def ends(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def claim(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Lay out a claim's points as rows over one axis; places are in percent of the axis' width."""
     measured = [point for point in entry["points"] if point.get("mean") is not None]
-    dots = [[run["top1"] for run in point["runs"] if "top1" in run] for point in measured]
+    dots = [[run["top1"] for run in point["runs"] if "failed" not in run] for point in measured]
     values = [point[key] for point in measured for key in ("mean", "low", "high")]
     values = values + [dot for row in dots for dot in row] or [0.0]
     margin = 0.06 * (max(values) - min(values)) or 1.0

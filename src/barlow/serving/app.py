@@ -95,7 +95,7 @@ def app(
     # fastapi-offline is there for its copies of Swagger UI and ReDoc; StaticFiles finds them without importing it
     assets = Mount(ASSETS, StaticFiles(packages=[("fastapi_offline", "static")]))
 
-    router = Router([*routes, assets], lifespan=lifespan)
+    router = Router([*routes, assets], redirect_slashes=False, lifespan=lifespan)
     guard = Guard(router, flags, metrics, token)
     guard.state.live, guard.state.flags, guard.state.metrics = live, flags, metrics
     return guard

@@ -140,7 +140,7 @@ class Engine:
             self._serve()
 
     def _serve(self) -> None:
-        """Take and answer one batch. In `_work` its variables would keep the images while the thread waits again."""
+        """Take and answer one batch; as its own function, it frees their images before the thread waits again."""
         if batch := self._take():
             self._metrics.queue.set(len(self._queue))
             answers = self._run(batch)

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from urllib.parse import unquote_to_bytes
 
 import orjson
 from python_multipart.exceptions import FormParserError
@@ -63,10 +67,10 @@ def _from_form(body: bytes, boundary: bytes, most: int) -> list[tuple[str, bytes
     def end_part() -> None:
         nonlocal parts
         parts += 1
-        options = parse_options_header(headers.get(b"content-disposition"))[1]
-        if options.get(b"name") == FIELD.encode() and b"filename" in options:
-            name = options[b"filename"].decode(errors="backslashreplace")
-            named.append((name or f"{FIELD}[{len(named)}]", b"".join(content)))
+        disposition = headers.get(b"content-disposition", b"")
+        options = parse_options_header(disposition)[1]
+        if options.get(b"name") == FIELD.encode() and b"filename" in disposition.lower():
+            named.append((_file_name(disposition, options) or f"{FIELD}[{len(named)}]", b"".join(content)))
         headers.clear()
         content.clear()
         if len(named) > most:
@@ -99,6 +103,14 @@ def _from_form(body: bytes, boundary: bytes, most: int) -> list[tuple[str, bytes
             400, "form", "the multipart form is cut short, or the boundary in its content type is another"
         )
     return named
+
+
+def _file_name(disposition: bytes, options: Mapping[bytes, bytes]) -> str:
+    """Return a part's file name, by preference the extended one (RFC 5987: filename*=utf-8''caf%C3%A9.png)."""
+    if match := re.search(rb"filename\*=([\w-]+)'[\w-]*'([^;\s]*)", disposition, re.IGNORECASE):
+        with suppress(LookupError):  # a character set that Python does not know
+            return unquote_to_bytes(match[2]).decode(match[1].decode(), errors="backslashreplace")
+    return options.get(b"filename", b"").decode(errors="backslashreplace")
 
 
 def _from_json(body: bytes, most: int) -> list[tuple[str, bytes]]:

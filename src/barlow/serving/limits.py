@@ -22,7 +22,7 @@ logger = logging.getLogger("uvicorn.error")
 BODY_SECONDS = 30.0  # a request's body must arrive within this time
 BODIES = 16  # the bodies of all requests together may hold this many times --max-body-bytes
 ASSETS = "/static-offline-docs"  # scripts and styles of /docs
-OPEN = ("/", "/docs", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready")  # these need no token
+OPEN = ("/", "/docs", "/redoc", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready")  # these need no token
 
 
 class RequestError(Exception):
@@ -95,7 +95,7 @@ class Guard:
             scheme, _, token = _header(scope, b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(token, self._token):
                 raise RequestError(401, "token", "the header `Authorization: Bearer TOKEN` is missing or wrong")
-        if _header(scope, b"content-encoding", b"identity") != b"identity":
+        if _header(scope, b"content-encoding", b"identity").lower() not in (b"", b"identity"):
             raise RequestError(415, "content", "a compressed body; send it as it is")
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:

@@ -43,6 +43,8 @@ SCALARS: dict[Any, tuple[Callable[[Any], bool], str]] = {  # by type: the check,
     str: (lambda v: isinstance(v, str) and v != "", "a text that is not empty"),
 }
 
+RENAMED = {"data": "ingest"}  # sections, by their old names
+
 
 def read_yaml(path: Path | str) -> Any:
     """Parse a YAML file.
@@ -107,7 +109,10 @@ def _build_dataclass(kind: Any, value: Any, file: str, key: str) -> Any:
     for name, item in value.items():  # unknown keys first: a misspelt key is missing as well
         if name not in hints:
             nearest = _dotted(key, difflib.get_close_matches(name, hints, 1, 0.0)[0])
-            raise UserError(f"{file}: {_dotted(key, name)}={item!r} is not a known key; the nearest is {nearest}")
+            shown = "" if isinstance(item, dict) else f"={item!r}"
+            remedy = f"is called {RENAMED[name]} now; rename it" if name in RENAMED else None
+            text = remedy or f"is not a known key; the nearest is {nearest}"
+            raise UserError(f"{file}: {_dotted(key, name)}{shown} {text}")
     for name in hints:
         if name not in value:
             keys = ", ".join(hints)

@@ -59,7 +59,7 @@ class Writer:
         self._last: Future[None] | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Copy the tensors on their device and let the thread write the copies; raises what the save before raised."""
+        """Copy the tensors on their device and let the thread write the copies; raises what the last save raised."""
         self.wait()
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         ready = torch.cuda.current_stream().record_event() if next(iter(copies.values())).is_cuda else None
@@ -113,7 +113,7 @@ def others(folder: Path, identity: Mapping[str, Any]) -> Iterator[str]:
             continue
         differences = [text for key in sorted({*identity, *theirs}) for text in _differences(key, theirs, identity)]
         told = ", ".join(differences[:TOLD]) + ", ..." * (len(differences) > TOLD) or "other code"
-        yield f"{other} has checkpoints of another run ({told}); set that back to go on with it, or delete the folder"
+        yield f"{other} has checkpoints of another run ({told}); set that back to resume it, or delete the folder"
 
 
 def _differences(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:

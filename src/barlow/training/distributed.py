@@ -65,7 +65,7 @@ def _kind(device: str) -> str:
 
 
 def _check_restarts(environment: Mapping[str, str]) -> None:
-    """Warn where torchrun's restarts will fail, since processes would find each other's old addresses in its store.
+    """Warn where torchrun's restarts will fail: restarted processes would read outdated addresses from its store.
 
     https://github.com/pytorch/pytorch/issues/135712
     """
@@ -133,7 +133,7 @@ def world_size() -> int:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over processes. The backward pass sums their gradients; equal gradients need no communication."""
+    """Sum over processes. The backward pass sums gradients; those known to be equal it multiplies, sending nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, replicated: bool) -> Tensor:

@@ -145,7 +145,7 @@ class _Terms(torch.autograd.Function):
 
 
 def wide(z: Tensor, n: int) -> Tensor:
-    """Return z in float32, or in float64 where it came in float64 or where D / N is above WIDE.
+    """Return z in float64 if it is so already or D / N is above WIDE, else in float32.
 
     With few samples per dimension the gradient is a small difference of large terms. Its error in float32 grows with
     D / N: 5e-6 at 8192 / 8.

@@ -97,7 +97,7 @@ class Progress:
         return self._since(self._epoch)
 
     def end_epoch(self, row: Mapping[str, float]) -> None:
-        """Print a finished epoch and start the next one's clock; time since `epoch_figures` counts for neither."""
+        """Print the finished epoch and restart the clock; time since `epoch_figures` belongs to no epoch."""
         if self._shown:
             place = f"epoch {self._steps // self._epoch_steps}/{self._epochs}"
             write = print if self._bar is None else self._bar.write

@@ -189,12 +189,12 @@ class Training:
         self.step, self.history = metadata["step"], metadata["history"]
         self.views.load_state_dict(metadata["views"])
         before, now = metadata["world_size"], distributed.world_size()
-        same = f"; {now} process(es) and not {before}: the same batches of {self.p.batch_size}, other rounding"
+        same = f"; now {now} process(es), before {before}: the same batches of {self.p.batch_size}, but other rounding"
         return f"going on from step {self.step} of {self.total_steps}{same if before != now else ''}"
 
 
 def collapse(row: dict[str, float], min_std: float, max_correlation: float) -> dict[str, str]:
-    """Return a warning with the usual causes for each bound that a row of the history breaks, by the bound's name."""
+    """Return {bound: warning} of the bounds of collapse that an epoch's row breaks, with the usual causes."""
     texts, correlation = {}, row["redundancy"] ** 0.5
     if row["std"] < min_std:
         texts["min_std"] = (

@@ -180,7 +180,7 @@ class TwinViews:
             for batch in range(step % self._batches, self._batches):
                 if self._fill < len(self._samples) and batch + AHEAD < self._batches:
                     self._samples.prefetch(whole[batch + AHEAD, self._part])
-                # From 1 on: numpy takes [seed, epoch, 0] for [seed, epoch], the order's.
+                # Counted from 1: numpy ignores a trailing 0, and [seed, epoch] is the seed of the order.
                 rng, sides = np.random.default_rng([self._seed, epoch, batch + 1]), self._samples.sides[whole[batch]]
                 drawn = (array for view in (0, 1) for array in draw(self._views, view, sides, rng))
                 yield self._samples.read(whole[batch, self._part]), *(array[self._part] for array in drawn)
