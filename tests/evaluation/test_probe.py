@@ -39,6 +39,22 @@ def test_with_fewer_images_than_dimensions_the_optimum_is_the_same(n):
     np.testing.assert_allclose((everything @ weight.T + bias).softmax(1), expected, atol=2e-3)
 
 
+def test_a_feature_that_varies_by_rounding_alone_gets_no_weight(data):
+    """A mean over pixels in another order differs in the last place; divided by its deviation it would be a feature."""
+    (x, y), _ = data
+    constant = torch.full((len(x), 1), 635.0)
+    constant[::2] = torch.nextafter(constant[::2], torch.tensor(torch.inf))
+    expected, _ = probe.fit_linear(x, y, 4, (1e-3,))[1e-3]
+    weight, _ = probe.fit_linear(torch.cat([x, constant, torch.zeros(len(x), 1)], 1), y, 4, (1e-3,))[1e-3]
+    torch.testing.assert_close(weight[:, :-2], expected, atol=2e-3, rtol=1e-2)
+    assert weight[:, -2:].abs().max() < 1e-2
+
+
+def test_a_small_spread_that_is_no_rounding_counts(data):
+    (x, _), _ = data
+    assert torch.allclose(probe.scale(1e-3 * x + 1), 1e-3 * x.std(0, correction=0), rtol=1e-3)
+
+
 def test_linear_is_chosen_on_val_alone(data):
     train, val = data
     weight, bias, l2 = probe.choose_linear(train, val, 4, (1e-4, 1e3))

@@ -56,6 +56,12 @@ def test_every_dataclass_is_frozen_and_without_defaults():
         ("views", "crop_area", [1.0, 0.3], "views.crop_area=[1.0, 0.3] is not in ascending order; write [0.3, 1.0]"),
         ("model", "projector", [], "model.projector=[] is not allowed; it must be a list of at least one value"),
         ("ingest", "source", "", "ingest.source='' is not allowed; it must be a text that is not empty"),
+        (
+            "pretrain",
+            "warmup_epochs",
+            6,
+            "warmup_epochs=6 is not below pretrain.epochs=6, so the learning rate would never",
+        ),
         ("ingest", "test_fraction", 0.97, "is 1.02, which leaves no images to train on; lower one of them"),
         ("pretrain", "compile", 1, "pretrain.compile=1 is not allowed; it must be true or false"),
         ("pretrain", "compile", "yes", "pretrain.compile='yes' is not allowed; it must be true or false"),

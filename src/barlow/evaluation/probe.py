@@ -13,6 +13,8 @@ from torch.nn import functional
 
 Labels = Int[Tensor, " batch"]
 
+ROUNDING = 8  # units in the last place that equal values may differ by
+
 
 def fit_linear(
     features: Float[Tensor, "batch dim"],
@@ -30,7 +32,7 @@ def fit_linear(
         for each l2, weight (classes, dim) and bias (classes,) for the features as they came, standardisation folded in.
     """
     reference = features if unlabelled is None else unlabelled
-    mean, deviation = reference.mean(0), reference.std(0, correction=0).clamp_min(1e-6)
+    mean, deviation = reference.mean(0), scale(reference)
     x = (features - mean) / deviation
     basis = 1 / deviation  # what turns weights of the problem that is solved into those of the features
     if len(x) < x.shape[1]:  # the solution lies in the span of the samples: fewer unknowns, the same optimum
@@ -44,6 +46,16 @@ def fit_linear(
         folded = weight.detach() * basis if basis.ndim == 1 else weight.detach() @ basis
         fitted[l2] = folded, bias.detach() - folded @ mean
     return fitted
+
+
+def scale(features: Float[Tensor, "batch dim"]) -> Float[Tensor, " dim"]:
+    """Return the standard deviation of each feature, or 1 where the feature is constant but for float32's rounding.
+
+    To divide by such a deviation would blow rounding errors up to unit size, and the probe would learn them.
+    """
+    deviation = features.double().std(0, correction=0).float()
+    rounding = ROUNDING * torch.finfo(torch.float32).eps * features.abs().amax(0)
+    return torch.where(deviation <= rounding, 1.0, deviation)
 
 
 def _minimise(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, l2: float) -> None:
