@@ -20,12 +20,13 @@ import pyarrow.parquet as pq
 
 from barlow.core import files, images
 from barlow.core.errors import Interrupted
-from barlow.data import facts, manifest, sources
+from barlow.data import facts, manifest, overview, sources
 from barlow.data.facts import FACTS
 from barlow.settings.params import Ingest, Params
 
 CACHE = Path("data/.ingest.parquet")
-KEY = ["path", "bytes", "mtime_ns"]  # if these are the same, the file is not read again
+# If these are the same, the file is not read again. Size and time alone would miss a file that another one replaced.
+KEY = ["path", "bytes", "mtime_ns", "ctime_ns", "inode"]
 
 
 def run(params: Params) -> None:
@@ -48,12 +49,12 @@ def run(params: Params) -> None:
     table = _set(table, "label", _labels(table, p))
     table = _set(table, "split", _splits(table, p))
     manifest.write(table)
-    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(table["split"]).to_pylist()}
     lost = table["sha256"].null_count  # missing or unreadable files, which every run tries again
     unreadable = f", {lost} unreadable" if lost else ""
     print(f"{table.num_rows} images: {new.num_rows - lost} new or changed, {cached.num_rows} cached{unreadable}")
-    print(f"splits: {', '.join(f'{split} {counts[split]}' for split in manifest.SPLITS if split in counts)}")
-    _warn_of_missing_labels(table, pc.unique(listing["split"].drop_null()).to_pylist(), p)
+    print("\n".join(overview.table(table)))
+    for warning in overview.warnings(table, pc.unique(listing["split"].drop_null()).to_pylist(), p):
+        print(warning, file=sys.stderr)
     failed = table.num_rows - table["error"].null_count
     if failed:
         print(f"{failed} could not be decoded; `barlow validate` puts them in quarantine")
@@ -91,9 +92,9 @@ def _set(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
 def _labels(table: pa.Table, p: Ingest) -> pa.Array:
     """Return the source's labels; nulls if `ingest.labels` says so or if there is only one class."""
     classes = pc.unique(table["label"].filter(table["error"].is_null()).drop_null())
-    if p.labels == "folders" and len(classes) >= 2:
+    if p.labels != "none" and len(classes) >= 2:
         return table["label"]
-    if p.labels == "folders" and len(classes) == 1:
+    if p.labels != "none" and len(classes) == 1:
         print(f"{p.source}: every label is {classes[0]}, so they are dropped")
     return pa.nulls(table.num_rows, pa.string())
 
@@ -107,26 +108,6 @@ def _splits(table: pa.Table, p: Ingest) -> pa.Array:
     no_val = not pc.any(pc.equal(named, "val")).as_py()
     split = pc.coalesce(pc.if_else(pc.and_(pc.equal(named, "train"), no_val), train_or_val, named), drawn)
     return pc.if_else(pc.and_(pc.equal(split, "train"), unlabelled), "pretrain", split)
-
-
-def _warn_of_missing_labels(table: pa.Table, named: list[str], p: Ingest) -> None:
-    """Warn if there are labels but no accuracy can be measured; `named` are the splits that the source names."""
-    labelled = pc.unique(table["split"].filter(pc.and_(table["label"].is_valid(), table["error"].is_null())))
-    lacking = [split for split in ("train", "val", "test") if split not in labelled.to_pylist()]
-    if not lacking or not len(labelled):
-        return
-    if not named:
-        remedy = "add labelled images, or raise "
-        remedy += " and ".join(f"ingest.{s}_fraction={getattr(p, f'{s}_fraction'):g}" for s in ("val", "test"))
-    elif lacking == ["test"] and "val" in named:
-        remedy = "rename the split val to test (a new val is then drawn from train), or add one named test"
-    else:
-        remedy = f"add {' and '.join(lacking)} to the splits that the source names"
-    print(
-        f"warning: {p.source} has labels, but no labelled image in {' and '.join(lacking)}, so no accuracy will be "
-        f"measured; {remedy}",
-        file=sys.stderr,
-    )
 
 
 def _cache_key(p: Ingest) -> bytes:

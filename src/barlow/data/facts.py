@@ -25,7 +25,12 @@ from barlow.core.errors import UserError
 from barlow.core.progress import Progress
 from barlow.data import manifest
 
-FACTS = pa.schema([field for field in manifest.SCHEMA if field.name not in ("path", "split", "label", "bytes")])
+FACTS = pa.schema(
+    [
+        *(field for field in manifest.SCHEMA if field.name not in ("path", "split", "label", "bytes")),
+        pa.field("greys", pa.int16()),  # grey values that occur in the image; not in the manifest
+    ]
+)
 CHUNK = 64  # files per task of a process
 
 
@@ -108,5 +113,6 @@ def _read_image(path: Path, max_pixels: int) -> dict[str, Any]:
         "format": image.format,
         "brightness": round(total / n, 3),
         "contrast": round(math.sqrt(n * squares - total**2) / n, 3),  # the integers under the root are exact
+        "greys": np.count_nonzero(histogram),
         "orientation": orientation if orientation in range(1, 9) else 1,
     }

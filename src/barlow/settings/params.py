@@ -34,7 +34,9 @@ class Ingest:
     """The `ingest` stage."""
 
     source: str
-    labels: Literal["folders", "none"]
+    labels: Literal["folders", "classes", "none"]
+    include: Annotated[tuple[str, ...], "may be empty"]
+    exclude: Annotated[tuple[str, ...], "may be empty"]
     val_fraction: Fraction
     test_fraction: Fraction
     max_pixels: Positive
