@@ -1,4 +1,5 @@
 import os
+import shutil
 import zlib
 
 import numpy as np
@@ -61,3 +62,17 @@ def test_scan_sees_a_changed_label_in_a_list(tmp_path, smoke, change):
     (tmp_path / "list.csv").write_text("path,label\ncat/0.png,dog\n")
     scan.run(params)
     assert files.read_json(scan.SOURCE) != before
+
+
+def test_scan_is_alike_for_a_copy_of_the_folder_and_heeds_patterns(tmp_path, smoke, change):
+    photos = fill(tmp_path / "photos", range(2))
+    params = change(smoke, "ingest", source=str(photos))
+    scan.run(params)
+    before = files.read_json(scan.SOURCE)
+    shutil.copytree(photos, tmp_path / "copy")  # other inodes and ctimes
+    photos.rename(tmp_path / "old")
+    (tmp_path / "copy").rename(photos)
+    scan.run(params)
+    assert files.read_json(scan.SOURCE) == before
+    scan.run(change(smoke, "ingest", source=str(photos), exclude=("dog",)))
+    assert files.read_json(scan.SOURCE)["files"] == 2

@@ -94,7 +94,13 @@ def test_folders_that_are_no_plain_split_are_told():
 def test_layouts_that_are_ambiguous_stop_with_two_ways(names, message):
     with pytest.raises(UserError, match=rf"^ingest\.source=photos: .*{message}") as error:
         understand(*names)
-    ways = ("ingest.labels: classes", "columns path, split and label", "set ingest.source to", "ingest.labels: none")
+    ways = (
+        "ingest.labels: classes",
+        "columns path, split and label",
+        "set ingest.source to",
+        "ingest.labels: none",
+        "move it up",
+    )
     assert sum(way in str(error.value) for way in ways) >= 2
     assert "\n" not in str(error.value)
 

@@ -78,7 +78,9 @@ def test_missing_values_are_none_in_csv_and_parquet_alike(tmp_path, kind):
     if kind == "parquet":
         pq.write_table(table, tmp_path / "list.parquet")
     else:
-        text = "".join(f"{path},{label},{label if label != 'none' else 'val'}\n" for path, label in zip(paths, labels))
+        text = "".join(
+            f"{path},{label},{label if label != 'none' else 'val'}\n" for path, label in zip(paths, labels, strict=True)
+        )
         (tmp_path / "list.csv").write_text("path,label,split\n" + text)
     columns, notes = lists.read(tmp_path / f"list.{kind}")
     assert columns["label"] == [None] * len(MISSING) + ["none"]

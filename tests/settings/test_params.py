@@ -119,3 +119,13 @@ def test_presets_name_known_keys_only(request, document):
         for section, overlay in yaml.safe_load(path.read_text()).items():
             hints = typing.get_type_hints(typing.get_type_hints(params.Params)[section])
             assert overlay.keys() <= hints.keys(), path
+
+
+def test_patterns_are_a_list_that_may_be_empty(smoke, document):
+    assert (smoke.ingest.include, smoke.ingest.exclude) == ((), ())
+    document["ingest"]["exclude"] = ["*_mask.png"]
+    assert strict.build(params.Params, document, "file").ingest.exclude == ("*_mask.png",)
+    for value in ("*.png", [1], [""]):
+        document["ingest"]["exclude"] = value
+        with pytest.raises(UserError, match=r"ingest\.exclude.* is not allowed"):
+            strict.build(params.Params, document, "file")

@@ -110,7 +110,8 @@ def _other_suffixes(paths: list[str]) -> list[str]:
         pure = PurePosixPath(path)
         suffix = {".jpeg": ".jpg", ".tiff": ".tif"}.get(pure.suffix.lower(), pure.suffix.lower())
         suffixes[suffix] += 1
-        folders[str(pure.parent)][suffix] = path
+        by = folders[str(pure.parent)]
+        by[suffix] = min(by.get(suffix, path), path)
     everywhere = [suffix for suffix in suffixes if all(suffix in paths for paths in folders.values())]
     most = max(everywhere, key=lambda suffix: (suffixes[suffix], suffix), default="")
     return [
