@@ -82,9 +82,9 @@ def test_clean_rows_give_no_warning(warn):
             + [(2, s, "2024-06-01", {}) for s in ("val", "test")],
             [],
             ": 29 of 30 classes have no image in val (2024-06-02, 2024-06-03, 2024-06-04, ...); 29 of 30 classes have "
-            "no image in test (2024-06-02, 2024-06-03, 2024-06-04, ...); add images or raise ingest.val_fraction=0.05 and "
-            "ingest.test_fraction=0.15, leave the classes out with ingest.exclude, or, if there is nothing to classify"
-            ", set ingest.labels: none",
+            "no image in test (2024-06-02, 2024-06-03, 2024-06-04, ...); add images or raise ingest.val_fraction=0.05 "
+            "and ingest.test_fraction=0.15, leave the classes out with ingest.exclude, or, if there is nothing to "
+            "classify, set ingest.labels: none",
         ),
         (
             [(9, s, label, {}) for s in ("train", "val") for label in ("cat", "dog")] + [(9, "test", "cat", {})],
