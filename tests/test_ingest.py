@@ -13,7 +13,7 @@ from PIL import Image
 from barlow import ingest, scan, validate
 from barlow.core import files, images
 from barlow.core.errors import DataError, Interrupted, UserError
-from barlow.data import facts, manifest
+from barlow.data import cache, facts, manifest
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_second_run_reads_only_what_is_new_or_changed(tmp_path, read, capsys):
     assert rows["dog/2.png"]["bytes"] == size
     assert rows["dog/2.png"]["error"] == rows["dog/1.png"]["error"] == "not an image in a known format"
     after = files.MANIFEST.read_bytes()
-    ingest.CACHE.unlink()
+    cache.PATH.unlink()
     read(photos)
     assert files.MANIFEST.read_bytes() == after
     capsys.readouterr()
@@ -107,7 +107,7 @@ def test_second_run_reads_only_what_is_new_or_changed(tmp_path, read, capsys):
 def test_damaged_cache_is_ignored(tmp_path, read, capsys):
     photos = fill(tmp_path / "photos", range(2))
     read(photos)
-    ingest.CACHE.write_bytes(b"PAR1 nonsense")
+    cache.PATH.write_bytes(b"PAR1 nonsense")
     read(photos)
     output = capsys.readouterr().out
     assert "data/.ingest.parquet is damaged, so every image is read again" in output

@@ -7,26 +7,17 @@ ingest makes or downloads them. Thanks to a cache, data/.ingest.parquet, the nex
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from contextlib import closing
-from pathlib import Path
 
-import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from barlow.core import files, images
 from barlow.core.errors import Interrupted
-from barlow.data import facts, manifest, overview, sources
+from barlow.data import cache, facts, manifest, overview, sources
 from barlow.data.facts import FACTS
 from barlow.settings.params import Ingest, Params
-
-CACHE = Path("data/.ingest.parquet")
-# If these are the same, the file is not read again. Size and time alone would miss a file that another one replaced.
-KEY = ["path", "bytes", "mtime_ns", "ctime_ns", "inode"]
 
 
 def run(params: Params) -> None:
@@ -43,8 +34,8 @@ def run(params: Params) -> None:
     for note in notes:
         print(f"{p.source}: {note}")
 
-    cached = listing.join(_read_cache(p), KEY, join_type="inner")
-    new = listing.join(cached.select(KEY), KEY, join_type="left anti").sort_by("path")
+    cached = listing.join(cache.read(p), cache.KEY, join_type="inner")
+    new = listing.join(cached.select(cache.KEY), cache.KEY, join_type="left anti").sort_by("path")
     table = pa.concat_tables([cached, _read(new, cached, p)])
     table = _set(table, "label", _labels(table, p))
     table = _set(table, "split", _splits(table, p))
@@ -81,7 +72,7 @@ def _read(new: pa.Table, cached: pa.Table, p: Ingest) -> pa.Table:
         rows = new.slice(0, read.num_rows)
         for name in FACTS.names:
             rows = rows.append_column(FACTS.field(name), read[name])
-        _write_cache(pa.concat_tables([cached.select(rows.column_names), rows]), p)
+        cache.write(pa.concat_tables([cached.select(rows.column_names), rows]), p)
     return rows.select(cached.column_names)
 
 
@@ -108,31 +99,3 @@ def _splits(table: pa.Table, p: Ingest) -> pa.Array:
     no_val = not pc.any(pc.equal(named, "val")).as_py()
     split = pc.coalesce(pc.if_else(pc.and_(pc.equal(named, "train"), no_val), train_or_val, named), drawn)
     return pc.if_else(pc.and_(pc.equal(split, "train"), unlabelled), "pretrain", split)
-
-
-def _cache_key(p: Ingest) -> bytes:
-    """Return what a file's facts depend on besides the file: its folder, ingest.max_pixels and the code."""
-    code = [files.sha256(module) for module in (facts.__file__, images.__file__)]
-    return json.dumps([str(manifest.root(p).resolve()), p.max_pixels, PIL.__version__, *code]).encode()
-
-
-def _read_cache(p: Ingest) -> pa.Table:
-    """Return the FACTS of earlier runs with their KEY columns; none if the cache is missing, damaged or outdated."""
-    empty = pa.schema([*(sources.LISTING.field(name) for name in KEY), *FACTS]).empty_table()
-    if not CACHE.exists():
-        return empty
-    try:
-        table = pq.read_table(CACHE)
-    except (OSError, pa.ArrowException):
-        print(f"{CACHE} is damaged, so every image is read again")
-        return empty
-    if (table.schema.metadata or {}).get(b"barlow") != _cache_key(p) or not table.schema.equals(empty.schema):
-        return empty
-    return table
-
-
-def _write_cache(table: pa.Table, p: Ingest) -> None:
-    """Write the facts of the files that could be read, whether or not they could be decoded."""
-    table = table.filter(table["sha256"].is_valid()).select([*KEY, *FACTS.names])
-    with files.replacing(CACHE) as temporary:
-        pq.write_table(table.replace_schema_metadata({b"barlow": _cache_key(p)}), temporary)

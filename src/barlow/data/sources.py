@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 
 from barlow.core import files
 from barlow.core.errors import UserError
+from barlow.core.patterns import Patterns
 from barlow.core.walk import LeftOut, readable, walk
 from barlow.data import folders, lists, manifest, synthetic, torchvision_sets
-from barlow.data.patterns import Patterns
 from barlow.settings import params
 
 LISTING = pa.schema(

@@ -1,6 +1,6 @@
 import pytest
 
-from barlow.data.patterns import Patterns
+from barlow.core.patterns import Patterns
 
 
 @pytest.mark.parametrize(
