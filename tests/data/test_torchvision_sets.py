@@ -174,3 +174,5 @@ def test_a_set_of_train_and_val_gets_a_test_split(tmp_path, monkeypatch, smoke, 
         "val": "test",
     }
     assert ["val is taken as test" in note for note in notes] == [True]  # ingest draws a new val from train
+    classes = change(smoke, "ingest", source=p.source, labels="classes").ingest
+    assert sources.find(classes)[0] == table  # the setting is about folders of the user

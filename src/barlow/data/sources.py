@@ -121,16 +121,18 @@ def find(p: params.Ingest) -> tuple[pa.Table, list[str]]:
 def _walked(p: params.Ingest) -> tuple[pa.Table, list[str]]:
     """List the images in a folder; the folders' names give splits and labels."""
     root, left_out, chosen = manifest.root(p), LeftOut(), Patterns(p.include, p.exclude)
-    found = [
+    images = [
         (tuple(map(readable, file.parts)), file.status)
         for file in walk(root, left_out, keep=MARKER.name)
         if chosen.match(readable("/".join(file.parts)))
     ]
-    layout = folders.understand({parts[:-1] for parts, _ in found}, p.source, p.labels)
-    meanings = [layout.meanings[parts[:-1]] for parts, _ in found]
-    columns: dict[str, Any] = {"path": ["/".join(parts) for parts, _ in found]}
+    # The folders of a set that ingest makes or downloads are its own, whatever the user's are.
+    labels = "folders" if p.labels == "classes" and manifest.is_made(p.source) else p.labels
+    layout = folders.understand({parts[:-1] for parts, _ in images}, p.source, labels)
+    meanings = [layout.meanings[parts[:-1]] for parts, _ in images]
+    columns: dict[str, Any] = {"path": ["/".join(parts) for parts, _ in images]}
     columns |= {"split": [split for split, _ in meanings], "label": [label for _, label in meanings]}
-    return _listing(columns, [status for _, status in found]), layout.notes + left_out.notes() + chosen.notes()
+    return _listing(columns, [status for _, status in images]), layout.notes + left_out.notes() + chosen.notes()
 
 
 def _listed(p: params.Ingest) -> tuple[pa.Table, list[str]]:
