@@ -107,12 +107,12 @@ def _read_image(path: Path, max_pixels: int) -> dict[str, Any]:
         return facts | {"error": " ".join(str(error).split())[:200] or type(error).__name__}
     n, total, squares = (int((np.arange(256) ** power * histogram).sum()) for power in (0, 1, 2))
     return facts | {
+        "greys": np.count_nonzero(histogram),
         "width": image.width,
         "height": image.height,
         "mode": image.mode,
         "format": image.format,
         "brightness": round(total / n, 3),
         "contrast": round(math.sqrt(n * squares - total**2) / n, 3),  # the integers under the root are exact
-        "greys": np.count_nonzero(histogram),
         "orientation": orientation if orientation in range(1, 9) else 1,
     }
