@@ -255,3 +255,19 @@ def test_the_last_result_of_another_embedding_space_is_not_counted_on(check, tmp
     (tmp_path / "models").mkdir()
     (tmp_path / "models/drift.json").write_text('{"version": "v1", "space": "other", "breaches": 2}')
     assert check(pictures(tmp_path / "dark", 40, 1, darker=30))["breaches"] == 1
+
+
+def test_a_pipe_in_place_of_recent_embeddings_is_refused(check, tmp_path):
+    os.mkfifo(tmp_path / "pipe.parquet")
+    with pytest.raises(UserError, match=r"drift\.recent=pipe\.parquet is not a regular file"):
+        check("pipe.parquet")
+
+
+def test_linked_folders_and_files_without_suffix_are_looked_at(tmp_path):
+    pictures(tmp_path / "store", 2, 1)
+    pictures(tmp_path / "recent", 1, 1)
+    (tmp_path / "recent/000.png").rename(tmp_path / "recent/0f3a9c")
+    (tmp_path / "recent/more").symlink_to(tmp_path / "store")
+    assert sorted(drift.newest(tmp_path / "recent", 9)) == [
+        f"{tmp_path}/recent/{name}" for name in ("0f3a9c", "more/000.png", "more/001.png")
+    ]

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -101,3 +103,11 @@ def test_rows_survive_being_written_in_groups(project, monkeypatch):
     rows = file.read().to_pylist()
     assert [row["path"] for row in rows] == [f"photos/{index:03}.png" for index in range(250)]
     np.testing.assert_allclose([row["embedding"] for row in rows], np.arange(250)[:, None].repeat(3, 1), atol=1e-4)
+
+
+def test_a_pipe_is_skipped(project, capsys):
+    picture(project / "photos/a.png", 7)
+    os.mkfifo(project / "photos/pipe.jpg")
+    embed.run(["photos", "photos/pipe.jpg"], "vectors.parquet")
+    assert parquet.read_table("vectors.parquet")["path"].to_pylist() == ["photos/a.png"]
+    assert capsys.readouterr().err == "barlow embed: photos/pipe.jpg: not a regular file\n" * 2

@@ -313,3 +313,14 @@ def test_the_same_images_give_the_same_bytes(photos, model, tmp_path):
     for name in ("a", "b"):
         index.run([photos], model, tmp_path / name)
     assert (tmp_path / "a/mean.npz").read_bytes() == (tmp_path / "b/mean.npz").read_bytes()
+
+
+def test_linked_folders_and_files_without_suffix_are_found_and_a_pipe_is_skipped(photos, model, tmp_path, capsys):
+    put(tmp_path / "store/4.png", encode(plain("red")))
+    put(photos / "cats/0f3a9c", encode(plain("red")))
+    (photos / "more").symlink_to(tmp_path / "store")
+    os.mkfifo(photos / "pipe.png")
+    index.run([photos], model, tmp_path / "out")
+    names = {f"{photos}/top.png", "cats/1.png", "cats/old/2.jpg", "wäve/3.png", "cats/0f3a9c", "more/4.png"}
+    assert set(read(tmp_path / "out").names) == names
+    assert capsys.readouterr().err == f"barlow index: {photos}/pipe.png: not a regular file\n"

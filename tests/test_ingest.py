@@ -3,16 +3,17 @@ import platform
 import re
 import signal
 import zlib
+from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from barlow import ingest, scan
+from barlow import ingest, scan, validate
 from barlow.core import files, images
-from barlow.core.errors import Interrupted, UserError
-from barlow.data import facts, manifest
+from barlow.core.errors import DataError, Interrupted, UserError
+from barlow.data import cache, facts, manifest
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +69,9 @@ def test_nasty_folder_has_a_row_for_every_file(nasty, read, monkeypatch, capsys)
     assert (rotated["width"], rotated["height"], rotated["orientation"]) == (24, 20, 6)
     output = capsys.readouterr()
     assert f"{len(refused)} images: {len(refused) - 2} new or changed, 0 cached, 2 unreadable" in output.out
-    assert "links not followed, back to a folder above or a second time: 1" in output.out
-    assert output.err == ""  # no progress bar without a terminal, and no warning from Pillow
+    assert "links back to a folder above, or to a folder a second time: 1" in output.out
+    # No progress bar without a terminal, and no warning from Pillow; drawn from so few images, val lacks classes.
+    assert all(re.match(r"warning: .*: \d of 3 classes have no image in", line) for line in output.err.splitlines())
     read(folder)
     assert f" 0 new or changed, {len(refused) - 2} cached, 2 unreadable" in capsys.readouterr().out
 
@@ -94,7 +96,7 @@ def test_second_run_reads_only_what_is_new_or_changed(tmp_path, read, capsys):
     assert rows["dog/2.png"]["bytes"] == size
     assert rows["dog/2.png"]["error"] == rows["dog/1.png"]["error"] == "not an image in a known format"
     after = files.MANIFEST.read_bytes()
-    ingest.CACHE.unlink()
+    cache.PATH.unlink()
     read(photos)
     assert files.MANIFEST.read_bytes() == after
     capsys.readouterr()
@@ -105,7 +107,7 @@ def test_second_run_reads_only_what_is_new_or_changed(tmp_path, read, capsys):
 def test_damaged_cache_is_ignored(tmp_path, read, capsys):
     photos = fill(tmp_path / "photos", range(2))
     read(photos)
-    ingest.CACHE.write_bytes(b"PAR1 nonsense")
+    cache.PATH.write_bytes(b"PAR1 nonsense")
     read(photos)
     output = capsys.readouterr().out
     assert "data/.ingest.parquet is damaged, so every image is read again" in output
@@ -202,12 +204,12 @@ def test_other_platforms_are_told_what_is_missing(smoke, monkeypatch, system, ma
 @pytest.mark.parametrize(
     ("folders", "said"),
     [
-        (("train", "val"), r"no labelled image in test, .* rename the split val to test \(a new val is then drawn"),
+        (("train", "val"), None),
         (("train",), r"no labelled image in test, so no accuracy will be measured; add test to the splits"),
         (("test",), r"no labelled image in train and val, so no accuracy will be measured; add train and val to the"),
         (("train", "test"), None),
         (("train", "val", "test"), None),
-        (("pretrain",), r"no labelled image in train and val and test, "),
+        (("pretrain",), None),  # never has labels
     ],
 )
 def test_splits_that_give_no_accuracy_are_told(tmp_path, read, capsys, folders, said):
@@ -221,7 +223,7 @@ def test_splits_that_were_drawn_empty_are_told(tmp_path, read, capsys):
     photos = fill(tmp_path / "photos", range(20))
     read(photos, val_fraction=0.2, test_fraction=0.0)
     wanted = (
-        r"no labelled image in test, .*; add labelled images, or raise ingest.val_fraction=0.2 and .*test_fraction=0\n"
+        r"no labelled image in test, .*; add labelled images, or raise ingest.val_fraction=0.2 and .*test_fraction=0, "
     )
     assert re.search(wanted, capsys.readouterr().err)
 
@@ -229,3 +231,145 @@ def test_splits_that_were_drawn_empty_are_told(tmp_path, read, capsys):
 def test_without_labels_there_is_nothing_to_tell(tmp_path, read, capsys):
     read(fill(tmp_path / "photos", range(9), "train", "val"))
     assert capsys.readouterr().err == ""
+
+
+def counts(rows):
+    """Number of images by split and label."""
+    return dict(Counter((row["split"], row["label"]) for row in rows.values()))
+
+
+def test_what_was_understood_is_printed_as_a_table(tmp_path, read, capsys):
+    photos = fill(
+        tmp_path / "photos", range(9), "Training/cat", "Training/dog", "Testing/cat", "Testing/dog", "unlabelled"
+    )
+    (photos / "notes.txt").write_text("x")
+    read(photos, val_fraction=0.0)
+    assert capsys.readouterr().out.removeprefix(f"{photos}: ").replace(f"{photos}: ", "").splitlines() == [
+        "folders taken as splits: Testing = test, Training = train",
+        "left out: 1 file that is no image: .txt 1",
+        "45 images: 45 new or changed, 0 cached",
+        "  class       pretrain     train      test",
+        "  cat                0         9         9",
+        "  dog                0         9         9",
+        "  (no label)         9         0         0",
+        "  sum                9        18        18",
+    ]
+
+
+def test_ambiguous_folders_stop_before_anything_is_decoded(tmp_path, read, monkeypatch):
+    photos = fill(tmp_path / "photos", range(2), "airplane", "car", "train")
+    monkeypatch.setattr(facts, "read_all", None)  # would fail
+    with pytest.raises(UserError, match="train/ is named like a split, but airplane/, car/ beside it are not"):
+        read(photos)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    rows = read(photos, labels="classes", val_fraction=0.0, test_fraction=0.0)
+    assert counts(rows) == {("train", "airplane"): 2, ("train", "car"): 2, ("train", "train"): 2}
+
+
+def test_test_and_train_without_a_common_class_stop(tmp_path, read):
+    photos = fill(tmp_path / "photos", range(2), "train/n01", "train/n02", "val/images", "test/images")
+    with pytest.raises(UserError, match=r"no class of val \(images\) is one of train \(n01, n02\)"):
+        read(photos)
+    assert {row["label"] for row in read(photos, labels="none").values()} == {None}
+
+
+def test_val_without_test_becomes_test(tmp_path, read, capsys):
+    """The layout that torchvision gives Imagenette and CLEVR."""
+    photos = fill(tmp_path / "photos", range(40), *(f"{s}/{c}" for s in ("train", "val") for c in ("cat", "dog")))
+    rows = read(photos, val_fraction=0.2)
+    for path, row in rows.items():
+        drawn = "val" if int(row["sha256"][:8], 16) / 2**32 < 0.2 else "train"
+        assert row["split"] == ("test" if path.startswith("val/") else drawn)
+    assert set(splits(rows).values()) == {"train", "val", "test"}
+    assert (
+        "there is val but no test, so val is taken as test, and a new val is drawn from train"
+        in capsys.readouterr().out
+    )
+
+
+def test_val_without_test_in_a_list(tmp_path, read):
+    fill(tmp_path / "photos", range(2))
+    text = "path,label,split\ncat/0.png,cat,train\ncat/1.png,cat,val\ndog/0.png,dog,train\ndog/1.png,dog,val\n"
+    (tmp_path / "photos/list.csv").write_text(text)
+    given = read("photos/list.csv", val_fraction=0.0)
+    assert {path: row["split"] for path, row in given.items()} == {
+        "cat/0.png": "train", "cat/1.png": "test", "dog/0.png": "train", "dog/1.png": "test",
+    }  # fmt: skip
+    (tmp_path / "photos/list.csv").write_text(text.replace("dog,train", "dog,"))  # its split is drawn
+    assert read("photos/list.csv")["cat/1.png"]["split"] == "val"
+
+
+def test_pretrain_never_has_labels(tmp_path, read, capsys):
+    photos = fill(tmp_path / "photos", range(3), "pretrain/a", "pretrain/b", "train/cat", "train/dog")
+    rows = read(photos, val_fraction=0.0)
+    assert counts(rows) == {("pretrain", None): 6, ("train", "cat"): 3, ("train", "dog"): 3}
+    (photos / "list.csv").write_text("path,label,split\ntrain/cat/0.png,cat,pretrain\ntrain/dog/0.png,dog,train\n")
+    assert read(photos / "list.csv")["train/cat/0.png"]["label"] is None
+    assert "labels of the split pretrain, which has none, left out: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_file_of_the_same_size_and_time_is_read_again(tmp_path, read, capsys, in_place):
+    photos = fill(tmp_path / "photos", range(3))
+    old, new = photos / "cat/0.bmp", tmp_path / "new.bmp"
+    old.write_bytes(picture(1, "BMP"))
+    before, status = read(photos)["cat/0.bmp"]["sha256"], old.stat()
+    new.write_bytes(picture(2, "BMP"))
+    if in_place:
+        old.write_bytes(new.read_bytes())
+    else:
+        new.replace(old)
+    os.utime(old, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (old.stat().st_size, old.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    capsys.readouterr()
+    assert read(photos)["cat/0.bmp"]["sha256"] == files.sha256(old) != before
+    assert "7 images: 1 new or changed, 6 cached" in capsys.readouterr().out
+
+
+def test_patterns_choose_files_in_folders_and_lists(tmp_path, read, capsys):
+    photos = fill(tmp_path / "photos", range(2), "cat", "dog", "dog/ground_truth")
+    (photos / "cat/0_mask.png").write_bytes(picture(77))
+    exclude = ("**/ground_truth/**", "*_mask.png")
+    plain = ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
+    assert sorted(read(photos, exclude=exclude)) == plain
+    assert "left out: 3 by ingest.exclude" in capsys.readouterr().out
+    assert sorted(read(photos, include=("cat",), exclude=("*_mask.png",))) == plain[:2]
+    (photos / "list.csv").write_text("path\ncat/0_mask.png\ncat/0.png\ndog/ground_truth/0.png\n")
+    assert sorted(read(photos / "list.csv", exclude=exclude)) == ["cat/0.png"]
+    with pytest.raises(
+        UserError, match=r"holds no images .*\(left out: 7 by ingest.include\) \(ingest.include: emu matches no"
+    ):
+        read(photos, include=("emu",))
+
+
+def test_an_excluded_folder_is_not_ambiguous(tmp_path, read):
+    photos = fill(tmp_path / "photos", range(2), "seg_train/a", "seg_train/b", "seg_test/a", "seg_test/b", "seg_pred")
+    with pytest.raises(UserError, match="leave seg_pred/ out"):
+        read(photos)
+    rows = read(photos, exclude=("seg_pred",), val_fraction=0.0)
+    assert counts(rows) == {(split, label): 2 for split in ("train", "test") for label in "ab"}
+
+
+def test_masks_beside_photographs_are_told(tmp_path, read, capsys):
+    photos = fill(tmp_path / "photos", range(5))
+    for folder in ("cat", "dog"):
+        for seed in range(5):
+            mask = np.random.default_rng(seed).integers(0, 2, (8, 9), dtype=np.uint8) * 255
+            (photos / folder / f"{seed}_mask.png").write_bytes(images.encode(Image.fromarray(mask), "PNG"))
+    read(photos)
+    told = "photos: 10 of 20 images have at most two grey values, for example cat/0_mask.png: masks? leave them out"
+    assert told in capsys.readouterr().err
+    read(photos, exclude=("*_mask.png",))
+    assert "grey" not in capsys.readouterr().err
+
+
+def test_folders_by_date_end_with_what_to_set(tmp_path, read, smoke, change, capsys):
+    photos = fill(tmp_path / "photos", range(2), *(f"2024-06-{day:02}" for day in range(1, 31)))
+    read(photos)
+    err = capsys.readouterr().err
+    assert re.search(
+        r"^warning: .* of 30 classes have no image in val .*ingest\.val_fraction=.*ingest\.labels: none$", err
+    )
+    with pytest.raises(DataError, match=r"raise ingest\.val_fraction and .* set ingest\.labels: none"):
+        validate.run(change(smoke, "validate", min_side=4, min_contrast=0))

@@ -1,11 +1,12 @@
 import os
+import shutil
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from barlow import scan
+from barlow import ingest, scan
 from barlow.core import files, images
 from barlow.core.errors import UserError
 from barlow.data import facts
@@ -61,3 +62,41 @@ def test_scan_sees_a_changed_label_in_a_list(tmp_path, smoke, change):
     (tmp_path / "list.csv").write_text("path,label\ncat/0.png,dog\n")
     scan.run(params)
     assert files.read_json(scan.SOURCE) != before
+
+
+def test_scan_is_alike_for_a_copy_of_the_folder_and_heeds_patterns(tmp_path, smoke, change):
+    photos = fill(tmp_path / "photos", range(2))
+    params = change(smoke, "ingest", source=str(photos))
+    scan.run(params)
+    before = files.read_json(scan.SOURCE)
+    shutil.copytree(photos, tmp_path / "copy")  # other inodes and ctimes
+    photos.rename(tmp_path / "old")
+    (tmp_path / "copy").rename(photos)
+    scan.run(params)
+    assert files.read_json(scan.SOURCE) == before
+    scan.run(change(smoke, "ingest", source=str(photos), exclude=("dog",)))
+    assert files.read_json(scan.SOURCE)["files"] == 2
+
+
+def test_scan_notices_a_file_replaced_by_one_of_the_same_size_and_time(tmp_path, smoke, change):
+    photos = fill(tmp_path / "photos", range(2))
+    old, params = photos / "cat/0.bmp", change(smoke, "ingest", source=str(photos))
+
+    def scanned():
+        scan.run(params)
+        return files.read_json(scan.SOURCE)
+
+    old.write_bytes(picture(1, "BMP"))
+    os.utime(old, ns=(0, 10**18))
+    before = scanned()
+    ingest.run(params)
+    assert scanned() == before
+    (tmp_path / "new.bmp").write_bytes(picture(2, "BMP"))
+    os.utime(tmp_path / "new.bmp", ns=(0, 10**18))
+    (tmp_path / "new.bmp").replace(old)
+    after = scanned()
+    assert after == before | {"replaced": {"cat/0.bmp": files.sha256(old)}}
+    ingest.run(params)
+    assert scanned() == after  # not again what it was before, for which DVC has the old manifest
+    old.unlink()
+    assert "replaced" not in scanned()

@@ -322,3 +322,29 @@ def test_too_few_images_to_train_on(run, splits):
     ):
         run(one)
     assert not files.ACCEPTED.exists()
+
+
+def sidecars(folder):
+    (folder / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0" + bytes(500))
+    (folder / "README.txt").write_text("x")
+    for i in range(30):
+        (folder / f"{i}.xml").write_text("<annotation/>")
+
+
+def test_files_that_are_no_images_do_not_count_as_broken_ones(tmp_path, run, smoke, change, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(30):
+        noise = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+    sidecars(folder)
+    ingest.run(change(smoke, "ingest", source=str(folder)))
+    assert "left out: 32 files that are no images: .xml 30, .txt 1, .db 1" in capsys.readouterr().out.replace(
+        ".db 1, .txt 1", ".txt 1, .db 1"
+    )
+    accepted, reasons, _ = run(source=str(folder))
+    assert (len(accepted), reasons) == (30, {})
+    (folder / "text.jpg").write_text("x")  # a broken image
+    ingest.run(change(smoke, "ingest", source=str(folder)))
+    with pytest.raises(DataError, match=r"text\.jpg: not an image in a known format"):
+        run(source=str(folder))

@@ -107,6 +107,8 @@ def _decoded(paths: list[str], skipped: list[str]) -> Iterator[Pixels]:
 def _read_parquet(path: Path, encoder: Encoder, version: Version) -> Vectors:
     """Return the embeddings (n, dim) in a file of `barlow embed`; raises UserError if another encoder made them."""
     remedy = f"run `barlow embed FOLDER --model {version.onnx} --out {path}`"
+    if path.exists() and not path.is_file():  # reading a pipe would block
+        raise UserError(f"drift.recent={path} is not a regular file; {remedy}")
     try:
         with parquet.ParquetFile(path) as file:
             schema, table = file.schema_arrow, file.read(["embedding"])

@@ -19,6 +19,7 @@ import numpy as np
 from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
 from barlow.core.images import decode
+from barlow.core.walk import read
 from barlow.encoder import search
 from barlow.encoder.encoder import MAX_PIXELS, Encoder, Pixels, unit
 from barlow.encoder.reading import find
@@ -93,9 +94,9 @@ def _from_paths(paths: Iterable[Path | str]) -> Iterator[Item]:
             inside = Path(os.path.relpath(readable, os.fsencode(path).decode(errors="backslashreplace")))
             label = inside.parent.name or None
             try:
-                yield Item(os.fspath(inside) if label else readable, label, Path(name).read_bytes())
+                yield Item(os.fspath(inside) if label else readable, label, read(name))
             except OSError as error:
-                print(f"barlow index: {name}: {error.strerror}", file=sys.stderr)
+                print(f"barlow index: {name}: {error.strerror or error}", file=sys.stderr)
 
 
 def _from_shards() -> tuple[Iterator[Item], list[Item]]:

@@ -7,25 +7,17 @@ ingest makes or downloads them. Thanks to a cache, data/.ingest.parquet, the nex
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from contextlib import closing
-from pathlib import Path
 
-import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from barlow.core import files, images
 from barlow.core.errors import Interrupted
-from barlow.data import facts, manifest, sources
+from barlow.data import cache, facts, manifest, overview, sources
 from barlow.data.facts import FACTS
 from barlow.settings.params import Ingest, Params
-
-CACHE = Path("data/.ingest.parquet")
-KEY = ["path", "bytes", "mtime_ns"]  # if these are the same, the file is not read again
 
 
 def run(params: Params) -> None:
@@ -42,18 +34,18 @@ def run(params: Params) -> None:
     for note in notes:
         print(f"{p.source}: {note}")
 
-    cached = listing.join(_read_cache(p), KEY, join_type="inner")
-    new = listing.join(cached.select(KEY), KEY, join_type="left anti").sort_by("path")
+    cached = listing.join(cache.read(p), cache.KEY, join_type="inner")
+    new = listing.join(cached.select(cache.KEY), cache.KEY, join_type="left anti").sort_by("path")
     table = pa.concat_tables([cached, _read(new, cached, p)])
     table = _set(table, "label", _labels(table, p))
     table = _set(table, "split", _splits(table, p))
     manifest.write(table)
-    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(table["split"]).to_pylist()}
     lost = table["sha256"].null_count  # missing or unreadable files, which every run tries again
     unreadable = f", {lost} unreadable" if lost else ""
     print(f"{table.num_rows} images: {new.num_rows - lost} new or changed, {cached.num_rows} cached{unreadable}")
-    print(f"splits: {', '.join(f'{split} {counts[split]}' for split in manifest.SPLITS if split in counts)}")
-    _warn_of_missing_labels(table, pc.unique(listing["split"].drop_null()).to_pylist(), p)
+    print("\n".join(overview.table(table)))
+    for warning in overview.warnings(table, pc.unique(listing["split"].drop_null()).to_pylist(), p):
+        print(warning, file=sys.stderr)
     failed = table.num_rows - table["error"].null_count
     if failed:
         print(f"{failed} could not be decoded; `barlow validate` puts them in quarantine")
@@ -80,7 +72,7 @@ def _read(new: pa.Table, cached: pa.Table, p: Ingest) -> pa.Table:
         rows = new.slice(0, read.num_rows)
         for name in FACTS.names:
             rows = rows.append_column(FACTS.field(name), read[name])
-        _write_cache(pa.concat_tables([cached.select(rows.column_names), rows]), p)
+        cache.write(pa.concat_tables([cached.select(rows.column_names), rows]), p)
     return rows.select(cached.column_names)
 
 
@@ -91,9 +83,9 @@ def _set(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
 def _labels(table: pa.Table, p: Ingest) -> pa.Array:
     """Return the source's labels; nulls if `ingest.labels` says so or if there is only one class."""
     classes = pc.unique(table["label"].filter(table["error"].is_null()).drop_null())
-    if p.labels == "folders" and len(classes) >= 2:
+    if p.labels != "none" and len(classes) >= 2:
         return table["label"]
-    if p.labels == "folders" and len(classes) == 1:
+    if p.labels != "none" and len(classes) == 1:
         print(f"{p.source}: every label is {classes[0]}, so they are dropped")
     return pa.nulls(table.num_rows, pa.string())
 
@@ -107,51 +99,3 @@ def _splits(table: pa.Table, p: Ingest) -> pa.Array:
     no_val = not pc.any(pc.equal(named, "val")).as_py()
     split = pc.coalesce(pc.if_else(pc.and_(pc.equal(named, "train"), no_val), train_or_val, named), drawn)
     return pc.if_else(pc.and_(pc.equal(split, "train"), unlabelled), "pretrain", split)
-
-
-def _warn_of_missing_labels(table: pa.Table, named: list[str], p: Ingest) -> None:
-    """Warn if there are labels but no accuracy can be measured; `named` are the splits that the source names."""
-    labelled = pc.unique(table["split"].filter(pc.and_(table["label"].is_valid(), table["error"].is_null())))
-    lacking = [split for split in ("train", "val", "test") if split not in labelled.to_pylist()]
-    if not lacking or not len(labelled):
-        return
-    if not named:
-        remedy = "add labelled images, or raise "
-        remedy += " and ".join(f"ingest.{s}_fraction={getattr(p, f'{s}_fraction'):g}" for s in ("val", "test"))
-    elif lacking == ["test"] and "val" in named:
-        remedy = "rename the split val to test (a new val is then drawn from train), or add one named test"
-    else:
-        remedy = f"add {' and '.join(lacking)} to the splits that the source names"
-    print(
-        f"warning: {p.source} has labels, but no labelled image in {' and '.join(lacking)}, so no accuracy will be "
-        f"measured; {remedy}",
-        file=sys.stderr,
-    )
-
-
-def _cache_key(p: Ingest) -> bytes:
-    """Return what a file's facts depend on besides the file: its folder, ingest.max_pixels and the code."""
-    code = [files.sha256(module) for module in (facts.__file__, images.__file__)]
-    return json.dumps([str(manifest.root(p).resolve()), p.max_pixels, PIL.__version__, *code]).encode()
-
-
-def _read_cache(p: Ingest) -> pa.Table:
-    """Return the FACTS of earlier runs with their KEY columns; none if the cache is missing, damaged or outdated."""
-    empty = pa.schema([*(sources.LISTING.field(name) for name in KEY), *FACTS]).empty_table()
-    if not CACHE.exists():
-        return empty
-    try:
-        table = pq.read_table(CACHE)
-    except (OSError, pa.ArrowException):
-        print(f"{CACHE} is damaged, so every image is read again")
-        return empty
-    if (table.schema.metadata or {}).get(b"barlow") != _cache_key(p) or not table.schema.equals(empty.schema):
-        return empty
-    return table
-
-
-def _write_cache(table: pa.Table, p: Ingest) -> None:
-    """Write the facts of the files that could be read, whether or not they could be decoded."""
-    table = table.filter(table["sha256"].is_valid()).select([*KEY, *FACTS.names])
-    with files.replacing(CACHE) as temporary:
-        pq.write_table(table.replace_schema_metadata({b"barlow": _cache_key(p)}), temporary)

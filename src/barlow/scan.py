@@ -12,14 +12,19 @@ from typing import Any
 import pyarrow.compute as pc
 
 from barlow.core import files
-from barlow.data import manifest, sources
+from barlow.data import cache, manifest, sources
 from barlow.settings.params import Params
 
 SOURCE = Path("data/source.json")
+# Not the inode and ctime: they differ in every copy of the folder, and a copy must make nothing run again.
+HASHED = ("path", "split", "label", "bytes", "mtime_ns")
 
 
 def run(params: Params) -> None:
     """Write data/source.json, if it changed: the source and a hash of the paths, sizes and times of its files.
+
+    A file that another one of the same size and time has replaced since ingest is named, with its SHA-256. It stays
+    named after the next ingest. Else the fingerprint would again be that of the old file, whose manifest DVC may have.
 
     Raises:
         UserError: the source is missing, empty or malformed, or the machine cannot be used.
@@ -28,12 +33,18 @@ def run(params: Params) -> None:
     sources.require_platform()
     sources.check(p.source)
     fingerprint: dict[str, Any] = {"source": p.source}
+    before = files.read_json(SOURCE) if SOURCE.exists() else {}
     if not manifest.is_made(p.source):
         listing, _ = sources.find(p)
         digest = hashlib.sha256()
-        for row in zip(*(listing[name].to_pylist() for name in listing.column_names), strict=True):
+        for row in zip(*(listing[name].to_pylist() for name in HASHED), strict=True):
             digest.update(repr(row).encode())
         fingerprint |= {"files": listing.num_rows, "bytes": pc.sum(listing["bytes"]).as_py() or 0}
         fingerprint |= {"listing_sha256": digest.hexdigest()}
-    if not SOURCE.exists() or files.read_json(SOURCE) != fingerprint:
+        replaced = before.get("replaced", {}) if before.get("source") == p.source else {}
+        replaced |= cache.replaced(listing, p)
+        paths = set(listing["path"].to_pylist())
+        if replaced := {path: digest for path, digest in replaced.items() if path in paths}:
+            fingerprint["replaced"] = replaced
+    if before != fingerprint:
         files.write_json(SOURCE, fingerprint)

@@ -197,4 +197,9 @@ def _message(failed: list[Outcome], quarantine: pd.DataFrame) -> str:
     if len(quarantine):
         lines.append(f"in quarantine, {min(SHOWN, len(quarantine))} of {len(quarantine)} (all in {files.QUARANTINE}):")
         lines += [f"  {row.path}: {row.reason}" for row in quarantine.head(SHOWN).itertuples()]
+    if any(outcome.name == "images_per_class" for outcome in failed):
+        lines.append(
+            "if the splits were drawn, add images or raise ingest.val_fraction and ingest.test_fraction; if the "
+            "labels are no classes, such as dates, set ingest.labels: none"
+        )
     return "\n".join(lines)

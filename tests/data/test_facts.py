@@ -68,3 +68,11 @@ def test_processes_end_with_their_parent_even_if_it_was_killed(tmp_path):
     # The processes share its output, so this returns only when the last of them has ended.
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=30, check=False)
     assert ended.returncode == -9
+
+
+def test_grey_values_are_counted(tmp_path):
+    mask = np.zeros((8, 9), np.uint8)
+    mask[2:5] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(np.arange(72, dtype=np.uint8).reshape(8, 9)).save(tmp_path / "ramp.png")
+    assert [row["greys"] for row in facts.read_chunk(tmp_path, ["mask.png", "ramp.png"], 100).to_pylist()] == [2, 72]

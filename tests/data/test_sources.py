@@ -36,11 +36,10 @@ def make(root, *names):
         ("valid/cat/a.jpg", "val", "cat"),
         ("validation/ça va/a.jpg", "val", "ça va"),
         ("test/a.jpg", "test", None),
-        ("pretrain/cat/a.jpg", "pretrain", "cat"),
+        ("pretrain/cat/a.jpg", "pretrain", None),
         ("unlabelled/cat/a.jpg", "pretrain", None),
         ("Unlabeled/a.jpg", "pretrain", None),
         ("train/unlabelled/a.jpg", "train", None),
-        ("cat/train/a.jpg", None, "cat"),
         ("cat/unlabelled/a.jpg", None, "cat"),
     ],
 )
@@ -54,6 +53,8 @@ def test_folders_give_split_and_label(tmp_path, source, path, split, label):
         "label": label,
         "bytes": status.st_size,
         "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+        "inode": status.st_ino,
     }
 
 
@@ -76,17 +77,17 @@ def test_links_loops_hidden_and_odd_names(tmp_path, source):
         "\\xff.jpg",
         "alias.jpg",
         "cat/a.jpg",
-        "dog/notes.txt",
         "gone.jpg",
         "linked/c.jpg",
         "linked/inner/d.jpg",
         "ring a",
         "ring b",
     ]
-    assert table["bytes"].to_pylist() == [0, 9, 9, 13, None, 5, 11, None, None]
+    assert table["bytes"].to_pylist() == [0, 9, 9, None, 5, 11, None, None]
     assert notes == [
-        "hidden files or folders left out: 2",
-        "links not followed, back to a folder above or a second time: 4",
+        "left out: 1 file that is no image: .txt 1",
+        "left out: hidden files or folders: 2",
+        "left out: links back to a folder above, or to a folder a second time: 4",
     ]
 
 
@@ -119,10 +120,10 @@ def test_csv_gives_split_and_label_and_keeps_missing_files(tmp_path, source):
     make(tmp_path / "lists", "one, two.jpg", "b.jpg")
     text = 'label,path,split,note\n007,"one, two.jpg",Valid,x\n,b.jpg,,y\nNA,gone.jpg,test,z\n'
     (tmp_path / "lists/all.csv").write_text(text)
-    rows = sources.find(source("lists/all.csv"))[0].drop(["mtime_ns"]).to_pylist()
+    rows = sources.find(source("lists/all.csv"))[0].drop(["mtime_ns", "ctime_ns", "inode"]).to_pylist()
     assert rows == [
         {"path": "b.jpg", "split": None, "label": None, "bytes": 5},
-        {"path": "gone.jpg", "split": "test", "label": "NA", "bytes": None},
+        {"path": "gone.jpg", "split": "test", "label": None, "bytes": None},
         {"path": "one, two.jpg", "split": "val", "label": "007", "bytes": 12},
     ]
 
@@ -135,11 +136,11 @@ def test_parquet_list_with_number_labels(tmp_path, source):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,label\na.jpg,x\n", "no column `path`, only file, label"),
-        ("path,split\na.jpg,dev\n", "split=dev is not allowed; it must be"),
+        ("photo,label\na.jpg,x\n", "no column `path`, only photo, label"),
+        ("path,split\na.jpg,extra\n", "split=extra is not allowed; it must be"),
         ("path\na.jpg\na.jpg\n", "lists a.jpg more than once"),
         ("path,label\n,x\n", "1 rows without a `path`"),
-        ("path,label\n", "holds no files"),
+        ("path,label\n", "holds no images"),
         ("", "cannot be read as a table"),
         ("path,label\na.jpg\n", "cannot be read as a table"),
     ],
@@ -158,7 +159,7 @@ def test_what_is_no_source_is_refused_by_name(tmp_path, source, name):
     make(tmp_path, "photo.jpg", "hidden/.a.jpg")
     (tmp_path / "empty").mkdir()
     (tmp_path / "data/raw").mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"^ingest\.source={name} (is no source|holds no files|overlaps data/raw)"):
+    with pytest.raises(UserError, match=rf"^ingest\.source={name} (is no source|holds no images|overlaps data/raw)"):
         sources.find(source(name))
 
 

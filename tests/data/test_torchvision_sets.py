@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision import datasets
 
 from barlow.core.errors import UserError
-from barlow.data import torchvision_sets
+from barlow.data import sources, torchvision_sets
 
 
 def batch(rng, labels):
@@ -148,3 +148,31 @@ def test_unlabelled_images_and_missing_class_names(tmp_path, monkeypatch):
 def test_unknown_set_names_the_nearest():
     with pytest.raises(UserError, match=r"torchvision:cifar is not a known set; the nearest are CIFAR10"):
         torchvision_sets.check("torchvision:cifar")
+
+
+@pytest.mark.parametrize("name", ["CLEVRClassification", "Imagenette"])
+def test_a_set_of_train_and_val_gets_a_test_split(tmp_path, monkeypatch, smoke, change, name):
+    class Set:
+        classes = ("cat", "dog")
+
+        def __init__(self, root, split, download):
+            self.items = [(Image.new("L", (4, 4), i), i % 2) for i in range(4)]
+
+        def __len__(self):
+            return len(self.items)
+
+        def __getitem__(self, i):
+            return self.items[i]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, name, Set)
+    p = change(smoke, "ingest", source=f"torchvision:{name}").ingest
+    sources.prepare(p)
+    table, notes = sources.find(p)
+    assert {row["path"].partition("/")[0]: row["split"] for row in table.to_pylist()} == {
+        "train": "train",
+        "val": "test",
+    }
+    assert ["val is taken as test" in note for note in notes] == [True]  # ingest draws a new val from train
+    classes = change(smoke, "ingest", source=p.source, labels="classes").ingest
+    assert sources.find(classes)[0] == table  # the setting is about folders of the user

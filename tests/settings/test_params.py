@@ -132,3 +132,13 @@ def test_the_old_name_of_a_section_is_told_with_its_new_one(tmp_path, request):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(UserError, match=r"params\.yaml: data is called ingest now; rename it$"):
         params.load(tmp_path / "params.yaml")
+
+
+def test_patterns_are_a_list_that_may_be_empty(smoke, document):
+    assert (smoke.ingest.include, smoke.ingest.exclude) == ((), ())
+    document["ingest"]["exclude"] = ["*_mask.png"]
+    assert strict.build(params.Params, document, "file").ingest.exclude == ("*_mask.png",)
+    for value in ("*.png", [1], [""]):
+        document["ingest"]["exclude"] = value
+        with pytest.raises(UserError, match=r"ingest\.exclude.* is not allowed"):
+            strict.build(params.Params, document, "file")

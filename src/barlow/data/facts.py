@@ -25,7 +25,12 @@ from barlow.core.errors import UserError
 from barlow.core.progress import Progress
 from barlow.data import manifest
 
-FACTS = pa.schema([field for field in manifest.SCHEMA if field.name not in ("path", "split", "label", "bytes")])
+FACTS = pa.schema(
+    [
+        *(field for field in manifest.SCHEMA if field.name not in ("path", "split", "label", "bytes")),
+        pa.field("greys", pa.int16()),  # grey values that occur in the image; not in the manifest
+    ]
+)
 CHUNK = 64  # files per task of a process
 
 
@@ -102,6 +107,7 @@ def _read_image(path: Path, max_pixels: int) -> dict[str, Any]:
         return facts | {"error": " ".join(str(error).split())[:200] or type(error).__name__}
     n, total, squares = (int((np.arange(256) ** power * histogram).sum()) for power in (0, 1, 2))
     return facts | {
+        "greys": np.count_nonzero(histogram),
         "width": image.width,
         "height": image.height,
         "mode": image.mode,

@@ -7,18 +7,18 @@ import json
 import os
 import platform
 import shutil
-import stat
-from collections.abc import Iterator
+from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from barlow.core import files
 from barlow.core.errors import UserError
-from barlow.data import manifest, synthetic, torchvision_sets
+from barlow.core.patterns import Patterns
+from barlow.core.walk import LeftOut, readable, walk
+from barlow.data import folders, lists, manifest, synthetic, torchvision_sets
 from barlow.settings import params
 
 LISTING = pa.schema(
@@ -26,12 +26,13 @@ LISTING = pa.schema(
         ("path", pa.string()),  # as in the manifest
         ("split", pa.string()),  # null if the source names none
         ("label", pa.string()),
-        ("bytes", pa.int64()),  # null, like mtime_ns, if there is no such file
+        ("bytes", pa.int64()),  # null, like the rest, if there is no such file
         ("mtime_ns", pa.int64()),
+        ("ctime_ns", pa.int64()),
+        ("inode", pa.uint64()),
     ]
 )
-SPLITS = {"valid": "val", "validation": "val"} | {split: split for split in manifest.SPLITS}
-UNLABELLED = ("unlabelled", "unlabeled")
+NO_LABEL = pa.scalar(None, pa.string())
 MARKER = files.RAW / ".barlow"  # records what data/raw holds, and that ingest may clear it
 
 
@@ -95,137 +96,87 @@ def prepare(p: params.Ingest) -> None:
 
 
 def find(p: params.Ingest) -> tuple[pa.Table, list[str]]:
-    """Return the source's files as LISTING, sorted by path, and notes on what was left out.
+    """Return the source's image files as LISTING, sorted by path, and notes on what was understood and left out.
 
     Raises:
-        UserError: the source does not exist or is empty, or its table is malformed.
+        UserError: the source does not exist or is empty, its list is malformed, or its folders or splits are ambiguous.
     """
     check(p.source)
     source = Path(p.source).expanduser()
-    notes: list[str] = []
-    if manifest.is_table(source):
-        table = _read_table(source)
-    else:
-        table, notes = _walk(manifest.root(p))
+    table, notes = (_listed if manifest.is_table(source) else _walked)(p)
     if not table.num_rows:
-        raise UserError(f"ingest.source={p.source} holds no files{''.join(f' ({note})' for note in notes)}; add images")
-    return table.sort_by("path"), notes
+        raise UserError(
+            f"ingest.source={p.source} holds no images{''.join(f' ({note})' for note in notes)}; add images"
+        )
+    labels = pc.if_else(pc.equal(table["split"], "pretrain").fill_null(False), NO_LABEL, table["label"])
+    dropped = labels.null_count - table["label"].null_count
+    notes += [f"labels of the split pretrain, which has none, left out: {dropped}"] if dropped else []
+    table = table.set_column(table.column_names.index("label"), "label", labels)
+    if p.labels != "none":
+        _require_common_classes(table, p.source)
+    table, said = _with_test(table)
+    return table.sort_by("path"), notes + said
 
 
-def _walk(root: Path) -> tuple[pa.Table, list[str]]:
-    """List the files below a folder, except hidden ones.
-
-    Each link to a folder is followed once, and never to a folder that contains the link. So loops of links end.
-    """
-    columns: dict[str, list[str | int | None]] = {name: [] for name in LISTING.names}
-    hidden = loops = 0
-    above = frozenset(_identity(folder.stat()) for folder in (root.resolve(), *root.resolve().parents))
-    followed: set[tuple[int, int]] = set()
-    folders: list[tuple[tuple[str, ...], frozenset[tuple[int, int]]]] = [((), above)]
-    for parts, above in folders:  # the loop appends to the list, so it goes level by level
-        split, label = _meaning(tuple(_readable(part) for part in parts))
-        for name, status, link in _entries(root.joinpath(*parts)):
-            if name.startswith("."):
-                hidden += name != MARKER.name
-            elif status and stat.S_ISDIR(status.st_mode) and name:
-                if _identity(status) in above or link in followed:
-                    loops += 1
-                    continue
-                folders.append(((*parts, name), above | {_identity(status)}))
-                followed |= {link} if link else set()
-            else:
-                path = _readable("/".join((*parts, name) if name else parts))
-                size, mtime = (status.st_size, status.st_mtime_ns) if status else (None, None)
-                for column, value in zip(columns.values(), (path, split, label, size, mtime), strict=True):
-                    column.append(value)
-    notes = [f"hidden files or folders left out: {hidden}"] if hidden else []
-    notes += [f"links not followed, back to a folder above or a second time: {loops}"] if loops else []
-    return pa.table(columns, schema=LISTING), notes
+def _walked(p: params.Ingest) -> tuple[pa.Table, list[str]]:
+    """List the images in a folder; the folders' names give splits and labels."""
+    root, left_out, chosen = manifest.root(p), LeftOut(), Patterns(p.include, p.exclude)
+    images = [
+        (tuple(map(readable, file.parts)), file.status)
+        for file in walk(root, left_out, keep=MARKER.name)
+        if chosen.match(readable("/".join(file.parts)))
+    ]
+    # The folders of a set that ingest makes or downloads are its own, whatever the user's are.
+    labels = "folders" if p.labels == "classes" and manifest.is_made(p.source) else p.labels
+    layout = folders.understand({parts[:-1] for parts, _ in images}, p.source, labels)
+    meanings = [layout.meanings[parts[:-1]] for parts, _ in images]
+    columns: dict[str, Any] = {"path": ["/".join(parts) for parts, _ in images]}
+    columns |= {"split": [split for split, _ in meanings], "label": [label for _, label in meanings]}
+    return _listing(columns, [status for _, status in images]), layout.notes + left_out.notes() + chosen.notes()
 
 
-def _entries(folder: Path) -> Iterator[tuple[str, os.stat_result | None, tuple[int, int] | None]]:
-    """Yield the name, the status and, for a link, the identity of the link of each entry, sorted by name.
-
-    The status of a link is that of its target; it is None for a broken link or a file that is gone.
-
-    A folder that cannot be opened yields one entry without a name, so that ingest reports it as a file it cannot read.
-    """
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        yield "", None, None
-        return
-    for entry in entries:
-        try:
-            link = _identity(entry.stat(follow_symlinks=False)) if entry.is_symlink() else None
-            yield entry.name, entry.stat(), link
-        except OSError:  # a broken link, a ring of links, a file just removed
-            yield entry.name, None, None
+def _listed(p: params.Ingest) -> tuple[pa.Table, list[str]]:
+    """List the images that a .csv or .parquet file names, whether or not they exist."""
+    source, chosen = Path(p.source).expanduser(), Patterns(p.include, p.exclude)
+    columns, notes = lists.read(source)
+    kept = [chosen.match(path) for path in columns["path"]]
+    columns = {name: list(compress(values, kept)) for name, values in columns.items()}
+    return _listing(columns, [_status(source.parent / path) for path in columns["path"]]), notes + chosen.notes()
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
+def _listing(columns: dict[str, Any], statuses: list[os.stat_result | None]) -> pa.Table:
+    fields = {"bytes": "st_size", "mtime_ns": "st_mtime_ns", "ctime_ns": "st_ctime_ns", "inode": "st_ino"}
+    facts = {name: [status and getattr(status, field) for status in statuses] for name, field in fields.items()}
+    return pa.table(columns | facts, schema=LISTING)
 
 
-def _readable(name: str) -> str:
-    """Return a file name with the bytes that are not UTF-8 spelled out, like \\xe9."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _meaning(parts: tuple[str, ...]) -> tuple[str | None, str | None]:
-    """Return the split and the label by a folder's path: [split/][class/...] or [split/]unlabelled/..."""
-    split = SPLITS.get(parts[0].lower()) if parts else None
-    rest = parts[1:] if split else parts
-    if rest and rest[0].lower() in UNLABELLED:
-        return split or "pretrain", None
-    return split, rest[0] if rest else None
-
-
-def _read_table(source: Path) -> pa.Table:
-    """Read the list of images in a .csv or .parquet file."""
-    names = ("path", "split", "label")
-    try:
-        if source.suffix.lower() == ".csv":
-            text = pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True
+def _require_common_classes(table: pa.Table, source: str) -> None:
+    """Stop if no class of val or test is one of train: an accuracy would mean nothing, and the labels be wrong."""
+    classes = {
+        split: set(table["label"].filter(pc.equal(table["split"], split).fill_null(False)).drop_null().to_pylist())
+        for split in folders.LABELLED_SPLITS
+    }
+    for split in ("val", "test"):
+        if classes["train"] and classes[split] and not classes["train"] & classes[split]:
+            raise UserError(
+                f"ingest.source={source}: no class of {split} ({_first(classes[split])}) is one of train "
+                f"({_first(classes['train'])}); give both the same classes, {folders.LIST}, or set ingest.labels: none"
             )
-            lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            table = pyarrow.csv.read_csv(source, parse_options=lines, convert_options=text)
-        else:
-            table = pq.read_table(source)
-        given = {name: table[name].cast(pa.string()) for name in names if name in table.column_names}
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"ingest.source={source} cannot be read as a table: {' '.join(str(error).split())}") from None
-    if "path" not in given:
-        raise UserError(
-            f"ingest.source={source} has no column `path`, only {', '.join(table.column_names)}; rename one"
-        )
-    if given["path"].null_count:
-        raise UserError(
-            f"ingest.source={source} has {given['path'].null_count} rows without a `path`; fill or remove them"
-        )
-    paths = given["path"].to_pylist()
-    if len(set(paths)) < len(paths):
-        counts = pc.value_counts(given["path"]).to_pylist()
-        twice = next(entry["values"] for entry in counts if entry["counts"] > 1)
-        raise UserError(f"ingest.source={source} lists {twice} more than once; keep one row per image")
-    splits = pc.utf8_lower(given.get("split", pa.nulls(len(paths), pa.string())))
-    unknown = sorted(set(pc.unique(splits).to_pylist()) - {*SPLITS, None})
-    if unknown:
-        raise UserError(
-            f"ingest.source={source}: split={unknown[0]} is not allowed; it must be {', '.join(SPLITS)} or empty"
-        )
-    statuses = [_status(source.parent / path) for path in paths]
-    return pa.table(
-        {
-            "path": paths,
-            "split": [SPLITS.get(split) for split in splits.to_pylist()],
-            "label": given.get("label", pa.nulls(len(paths), pa.string())),
-            "bytes": [status and status.st_size for status in statuses],
-            "mtime_ns": [status and status.st_mtime_ns for status in statuses],
-        },
-        schema=LISTING,
-    )
+
+
+def _first(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _with_test(table: pa.Table) -> tuple[pa.Table, list[str]]:
+    """Make val the test split if there is no other; ingest then draws a new val from train."""
+    named = set(pc.unique(table["split"]).to_pylist())
+    drawn = pc.any(pc.and_(pc.is_null(table["split"]), pc.is_valid(table["label"]))).as_py()
+    if "test" in named or not {"train", "val"} <= named or drawn:
+        return table, []
+    splits = pc.if_else(pc.equal(table["split"], "val").fill_null(False), "test", table["split"])
+    said = "there is val but no test, so val is taken as test, and a new val is drawn from train by ingest.val_fraction"
+    return table.set_column(table.column_names.index("split"), "split", splits), [said]
 
 
 def _status(path: Path) -> os.stat_result | None:

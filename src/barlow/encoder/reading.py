@@ -8,21 +8,19 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
-
 from barlow.core.images import decode
+from barlow.core.walk import LeftOut, read, walk
 from barlow.encoder.encoder import MAX_PIXELS, Pixels
 
 
 def find(paths: Iterable[Path | str]) -> Iterator[str]:
-    """Yield the paths of files as given and, for a folder, of all files below with an image's suffix, sorted."""
-    suffixes = Image.registered_extensions()
+    """Yield the paths of files as given and, for a folder, of the images below, by the rules of `barlow ingest`."""
     for path in paths:
-        if not Path(path).is_dir():
+        if Path(path).is_dir():
+            for file in walk(Path(path), LeftOut()):
+                yield "/".join((os.fspath(path).rstrip("/"), *file.parts))
+        else:
             yield os.fspath(path)
-        for folder, folders, names in os.walk(path):  # does not follow links to folders, which may loop
-            folders.sort()
-            yield from (f"{folder}/{name}" for name in sorted(names) if Path(name).suffix.lower() in suffixes)
 
 
 def read_ahead(paths: Iterable[str], threads: int) -> Iterator[tuple[str, Pixels | str]]:
@@ -40,7 +38,7 @@ def read_ahead(paths: Iterable[str], threads: int) -> Iterator[tuple[str, Pixels
 
 def _read(path: str) -> Pixels | str:
     try:
-        return decode(Path(path).read_bytes(), MAX_PIXELS)
+        return decode(read(path), MAX_PIXELS)
     except OSError as error:
         return error.strerror or str(error)
     except ValueError as error:

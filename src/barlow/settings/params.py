@@ -34,7 +34,9 @@ class Ingest:
     """The `ingest` stage."""
 
     source: str
-    labels: Literal["folders", "none"]
+    labels: Literal["folders", "classes", "none"]
+    include: Annotated[tuple[str, ...], "may be empty"]
+    exclude: Annotated[tuple[str, ...], "may be empty"]
     val_fraction: Fraction
     test_fraction: Fraction
     max_pixels: Positive
@@ -239,11 +241,10 @@ def load(path: Path | str = PARAMS) -> Params:
         low, high = attrgetter(key)(params)
         if low > high:
             raise UserError(f"{path}: {key}=[{low}, {high}] is not in ascending order; write [{high}, {low}]")
-    p, q = params.ingest, params.pretrain
-    if (held_out := p.val_fraction + p.test_fraction) >= 1:
+    if (held_out := params.ingest.val_fraction + params.ingest.test_fraction) >= 1:
         text = f"ingest.val_fraction + ingest.test_fraction is {held_out:g}, which leaves no images to train on"
         raise UserError(f"{path}: {text}; lower one of them")
-    if q.warmup_epochs >= q.epochs:
-        text = f"pretrain.warmup_epochs={q.warmup_epochs:g} is not below pretrain.epochs={q.epochs}"
+    if (p := params.pretrain).warmup_epochs >= p.epochs:
+        text = f"pretrain.warmup_epochs={p.warmup_epochs:g} is not below pretrain.epochs={p.epochs}"
         raise UserError(f"{path}: {text}, so the learning rate would never reach its peak; lower it")
     return params

@@ -78,6 +78,8 @@ def build(kind: Any, value: Any, file: str, key: str = "") -> Any:
         return value
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, file, key)
+    if origin is Annotated and typing.get_origin(arguments[0]) is tuple:  # Annotated[tuple[...], "may be empty"]
+        return () if value == [] else build(arguments[0], value, file, key)
     if origin is Annotated:
         number, bounds = build(arguments[0], value, file, key), arguments[1]
         _require(bounds.low <= number <= bounds.high, file, key, value, str(bounds))
