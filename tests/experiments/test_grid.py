@@ -97,13 +97,13 @@ def test_a_name_follows_from_all_that_is_read_and_nothing_else(params):
     [
         ({"seeds": []}, "seeds=[] is not allowed; it must be a list of at least one value"),
         ({"base": 3}, "base=3 is not allowed; it must be a section of `key: value` lines"),
-        ({"bases": {}}, "bases={} is not a known key; the nearest is base"),
+        ({"bases": {}}, "bases is not a known key; the nearest is base"),
         ({"data": "elsewhere"}, "small.yaml is for ingest.source=elsewhere, and params.yaml has synthetic; set it"),
         (
             {"base": {"pretrain.epoch": 2}},
             "batch, 32: pretrain.epoch=2 is not a known key; the nearest is pretrain.epochs",
         ),
-        ({"base": {"pretain.epochs": 2}}, "batch, 32: pretain={'epochs': 2} is not a known key"),
+        ({"base": {"pretain.epochs": 2}}, "batch, 32: pretain is not a known key"),
         ({"base": {"pretrain.batch_size": 0.5}}, "batch, 64: pretrain.batch_size=0.5 is not allowed"),
         ({"claims": [SMALL["claims"][0]] * 2}, "claims have 'batch' twice"),
         ({"claims": [CLAIM | {"points": POINTS * 2}]}, "the points of batch have '32' twice"),
