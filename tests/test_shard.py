@@ -40,7 +40,7 @@ def sample(decoder):
     """`sample(source, root)` is the sample of one image."""
 
     def sample(source, root, max_side=None):
-        (packed,) = shard.samples([source], root, max_side, decoder, [])
+        (packed,) = shard.samples([source], root, max_side, [decoder], [])
         return packed
 
     return sample

@@ -13,6 +13,8 @@ import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from math import ceil
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,13 +123,17 @@ def pack_all(tars: dict[Path, list[Source]], root: Path, max_side: int | None) -
     The number of processes does not change the tars' bytes.
     """
     anew = set[str]()
+    total = sum(map(len, tars.values()))
     context = get_context("forkserver")  # not fork: torch, tqdm or a test runner may have started threads here
     context.set_forkserver_preload(dali.PRELOAD)
     with (
         ProcessPoolExecutor(files.cpus(), context) as pool,
-        Progress("shard", sum(map(len, tars.values()))) as progress,
+        Progress("shard", total) as progress,
     ):
-        jobs = {pool.submit(pack, path, chunk, root, max_side): len(chunk) for path, chunk in tars.items()}
+        jobs = {}
+        for path, chunk in tars.items():
+            processes = ceil(files.cpus() * len(chunk) / total)  # by the tar's share of the work
+            jobs[pool.submit(pack, path, chunk, root, max_side, processes)] = len(chunk)
         try:
             for job in as_completed(jobs):
                 anew.update(job.result())
@@ -137,16 +143,18 @@ def pack_all(tars: dict[Path, list[Source]], root: Path, max_side: int | None) -
     return sorted(anew)
 
 
-def pack(path: Path, sources: list[Source], root: Path, max_side: int | None) -> list[str]:
-    """Write one tar and return the paths of the files that DALI made write anew."""
+def pack(path: Path, sources: list[Source], root: Path, max_side: int | None, processes: int = 1) -> list[str]:
+    """Write one tar, with a number of DALI's processes, and return the paths of the files that DALI made write anew."""
     anew: list[str] = []
-    with dali.Decoder(fork=True) as decoder:  # the pool's processes have no threads
-        webdataset.write(path, samples(sources, root, max_side, decoder, anew))
+    with ExitStack() as stack:
+        # The pool's processes have no threads, so they may fork.
+        decoders = [stack.enter_context(dali.Decoder(fork=True)) for _ in range(processes)]
+        webdataset.write(path, samples(sources, root, max_side, decoders, anew))
     return anew
 
 
 def samples(
-    sources: Iterable[Source], root: Path, max_side: int | None, decoder: dali.Decoder, anew: list[str]
+    sources: Iterable[Source], root: Path, max_side: int | None, decoders: list[dali.Decoder], anew: list[str]
 ) -> Iterator[webdataset.Sample]:
     """Yield the images as they are packed; append to `anew` the paths that `pack` returns.
 
@@ -156,13 +164,19 @@ def samples(
     Raises:
         UserError: a file is gone or has changed since ingest.
     """
-    for batch in dali.batches(sources, lambda source: source.bytes + 3 * source.width * source.height):
-        contents = [_read(root / source.path, source.sha256) for source in batch]
-        asked = [_may_stay(source) and not _is_large(source, max_side) for source in batch]
-        answers = iter(decoder.decode([data for data, ask in zip(contents, asked, strict=True) if ask]))
-        for source, data, ask in zip(batch, contents, asked, strict=True):
-            seen = next(answers) if ask else None
-            if ask and (seen is None or seen.digest != source.pixels):
+
+    def read() -> Iterator[tuple[list[tuple[Source, bytes, bool]], list[bytes]]]:
+        for batch in dali.batches(sources, lambda source: source.bytes + 3 * source.width * source.height):
+            asked = [_may_stay(source) and not _is_large(source, max_side) for source in batch]
+            contents = [_read(root / source.path, source.sha256) for source in batch]
+            ask = [data for data, asks in zip(contents, asked, strict=True) if asks]
+            yield list(zip(batch, contents, asked, strict=True)), ask
+
+    for batch, answers in dali.in_turn(decoders, read()):
+        each = iter(answers)
+        for source, data, asked in batch:
+            seen = next(each) if asked else None
+            if asked and (seen is None or seen.digest != source.pixels):
                 anew.append(source.path)
                 seen = None
             yield sample(source, data, seen, max_side)

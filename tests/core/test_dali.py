@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import signal
@@ -64,6 +65,20 @@ def test_a_process_that_does_not_start_is_no_bad_image(monkeypatch):
     monkeypatch.setattr(dali, "_serve", os._exit)
     with dali.Decoder() as decoder, pytest.raises(RuntimeError, match="DALI does not start; try"):
         decoder.decode([png(0)[0]])
+
+
+@pytest.mark.parametrize(("processes", "count"), [(1, 4), (2, 5), (3, 2), (2, 0)])
+def test_batches_are_shared_out_and_come_back_in_order(processes, count):
+    contents, expected = zip(*(png(i) for i in range(10)), strict=True)
+    contents = [*contents[:3], contents[3][:-12], *contents[4:]]
+    expected = [*expected[:3], None, *expected[4:]]
+    parts = [slice(2 * i, 2 * i + 2) for i in range(count)]
+    decoders = [dali.Decoder() for _ in range(processes)]
+    with contextlib.ExitStack() as stack:
+        for decoder in decoders:
+            stack.enter_context(decoder)
+        answers = list(dali.in_turn(decoders, ((part.start, contents[part]) for part in parts)))
+    assert answers == [(part.start, expected[part]) for part in parts]
 
 
 def test_no_batch_is_larger_than_the_limits(monkeypatch):

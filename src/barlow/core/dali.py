@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import cycle
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
@@ -65,6 +68,7 @@ class Decoder:
 
     def __init__(self, fork: bool = False) -> None:
         self._fork = fork
+        self._asked: list[bytes] = []
         self._process: BaseProcess | None = None
         self._connection: connection.Connection
 
@@ -80,21 +84,28 @@ class Decoder:
         Raises:
             RuntimeError: DALI does not even start.
         """
-        answers = self._ask(encoded) if encoded else []
-        if answers is not None:
-            return answers
-        return [None] if len(encoded) == 1 else [self.decode([one])[0] for one in encoded]
+        self.send(encoded)
+        return self.receive()
 
-    def _ask(self, encoded: Sequence[bytes]) -> list[Decoded | None] | None:
-        """Return the answers about a batch; None if an image made DALI fail."""
-        if self._process is None:
+    def send(self, encoded: Sequence[bytes]) -> None:
+        """Begin with what `decode` does, and return at once; `receive` must be next."""
+        self._asked = list(encoded)
+        if self._asked and self._process is None:
             self._start()
+        if self._asked:
+            with suppress(OSError):  # the process is gone, as `receive` will find out
+                self._connection.send(self._asked)
+
+    def receive(self) -> list[Decoded | None]:
+        """Return what `decode` returns for the files that were sent."""
+        asked = self._asked
+        if not asked:
+            return []
         try:
-            self._connection.send(list(encoded))
             answers: list[Decoded | None] = self._connection.recv()
         except (EOFError, OSError):
             self._stop()
-            return None
+            return [None] if len(asked) == 1 else [self.decode([one])[0] for one in asked]
         return answers
 
     def _start(self) -> None:
@@ -118,6 +129,26 @@ class Decoder:
             self._process.kill()  # it holds nothing but memory
             self._process.join()
             self._process = None
+
+
+def in_turn(
+    decoders: Sequence[Decoder], batches: Iterable[tuple[Item, Sequence[bytes]]]
+) -> Iterator[tuple[Item, list[Decoded | None]]]:
+    """Yield, for each (name, image files), the name and what DALI decodes the files to; in order.
+
+    Each decoder works on one batch while the caller reads the next or deals with an earlier one.
+    """
+    waiting: deque[tuple[Item, Decoder]] = deque()
+    for (name, encoded), decoder in zip(batches, cycle(decoders), strict=False):
+        ready = None
+        if len(waiting) == len(decoders):
+            ready = (waiting.popleft()[0], decoder.receive())
+        decoder.send(encoded)
+        waiting.append((name, decoder))
+        if ready:
+            yield ready
+    for name, decoder in waiting:
+        yield name, decoder.receive()
 
 
 def _serve(asked: connection.Connection, asking: connection.Connection) -> None:
