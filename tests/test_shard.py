@@ -1,6 +1,7 @@
 import hashlib
 import io
 
+import hostile
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -8,8 +9,8 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from barlow import ingest, shard
-from barlow.core import files, images, webdataset
+from barlow import ingest, shard, validate
+from barlow.core import dali, files, images, webdataset
 from barlow.core.errors import UserError
 from barlow.core.images import encode
 from barlow.data import manifest
@@ -23,8 +24,26 @@ def picture(seed=0, width=57, height=41, mode="RGB"):
 def source(data, path="x", split="pretrain", label=-1):
     """The Source of an image file, with the facts that ingest finds."""
     image = images.open_image(data)
-    facts = (image.format, image.mode, image.width, image.height, len(data), image.getexif().get(0x0112, 1))
+    pixels = images.digest(images.decode(data))
+    facts = (pixels, image.format, image.mode, image.width, image.height, len(data))
     return shard.Source(path, hashlib.sha256(data).hexdigest(), *facts, split, label)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    with dali.Decoder() as decoder:
+        yield decoder
+
+
+@pytest.fixture
+def sample(decoder):
+    """`sample(source, root)` is the sample of one image."""
+
+    def sample(source, root, max_side=None):
+        (packed,) = shard.samples([source], root, max_side, [decoder], [])
+        return packed
+
+    return sample
 
 
 def dali_decode(data):
@@ -110,7 +129,7 @@ def test_any_number_of_processes_writes_the_same_bytes(data, smoke, change, monk
 def sources(n=200, size=1000):
     hashes = [hashlib.sha256(bytes([i])).hexdigest() for i in range(n)]
     return [
-        shard.Source(f"{i}.jpg", sha256, "JPEG", "RGB", 32, 32, size, None, "pretrain", -1)
+        shard.Source(f"{i}.jpg", sha256, 0, "JPEG", "RGB", 32, 32, size, "pretrain", -1)
         for i, sha256 in enumerate(hashes)
     ]
 
@@ -138,13 +157,6 @@ def test_a_tar_holds_at_most_max_bytes_or_one_image():
     assert len(shard.plan(sources(10), 0, 10_000)) == 1
 
 
-XMP = (
-    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-    b'<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"/>'
-    b"</rdf:RDF></x:xmpmeta>"
-)
-
-
 def cases():
     for mode in ("L", "RGB"):
         yield "keep", f"jpeg-{mode}", encode(picture(mode=mode), "JPEG", quality=85)
@@ -160,13 +172,14 @@ def cases():
         yield "change", f"tiff-{mode}-lzw", encode(picture(mode=mode), "TIFF", compression="tiff_lzw")
     yield "keep", "mpo", encode(picture(), "MPO", save_all=True, append_images=[picture(1)])
     yield "keep", "webp-animated", encode(picture(), "WEBP", save_all=True, append_images=[picture(1)])
-    yield "change", "png-16", encode(Image.fromarray(np.arange(0, 60000, 20, dtype=np.uint16).reshape(50, 60)), "PNG")
+    yield "keep", "png-16", encode(Image.fromarray(np.arange(0, 60000, 20, dtype=np.uint16).reshape(50, 60)), "PNG")
     transparent = picture()
     transparent.putalpha(picture(1, mode="L"))
-    yield "change", "webp-RGBA", encode(transparent, "WEBP")
-    yield "change", "png-RGBA", encode(transparent, "PNG")
-    for form, mode in [("PNG", "LA"), ("PNG", "P"), ("PNG", "1"), ("JPEG", "CMYK")]:
-        yield "change", f"{form}-{mode}", encode(picture(mode=mode), form)
+    yield "keep", "webp-RGBA", encode(transparent, "WEBP")
+    yield "keep", "png-RGBA", encode(transparent, "PNG")
+    for mode in ("LA", "P", "1"):
+        yield "keep", f"PNG-{mode}", encode(picture(mode=mode), "PNG")
+    yield "change", "JPEG-CMYK", encode(picture(mode="CMYK"), "JPEG")
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -174,7 +187,7 @@ def cases():
             action = "change" if form == "TIFF" else "keep"
             yield action, f"{form}-exif-{orientation}", encode(picture(), form, exif=exif)
     for orientation in (3, 6):  # Pillow rotates these, DALI does not
-        xmp = XMP % orientation
+        xmp = hostile.XMP % orientation
         yield "change", f"JPEG-xmp-{orientation}", encode(picture(), "JPEG", xmp=xmp)
         yield "change", f"WEBP-xmp-{orientation}", encode(picture(), "WEBP", xmp=xmp)
         text = PngInfo()
@@ -183,9 +196,9 @@ def cases():
 
 
 @pytest.mark.parametrize(("action", "data"), [pytest.param(a, d, id=name) for a, name, d in cases()])
-def test_dali_decodes_what_is_packed_to_the_pixels_of_images_decode(action, data, tmp_path):
+def test_dali_decodes_what_is_packed_to_the_pixels_of_images_decode(action, data, tmp_path, sample):
     (tmp_path / "x").write_bytes(data)
-    key, packed, extension, _, height, width = shard.sample(source(data), tmp_path, None)
+    key, packed, extension, _, height, width = sample(source(data), tmp_path, None)
     assert (packed == data) == (action == "keep")
     assert key == hashlib.sha256(data).hexdigest()[:24]
     form = Image.open(io.BytesIO(packed)).format
@@ -194,13 +207,97 @@ def test_dali_decodes_what_is_packed_to_the_pixels_of_images_decode(action, data
     assert (height, width) == dali_decode(packed).shape[:2] == upright(packed)
 
 
-def test_max_side_shrinks_upright_and_antialiased(tmp_path):
+@pytest.fixture(scope="module")
+def odd():
+    """One file of each kind of `hostile`, in its largest size."""
+    return {file.kind: file for file in hostile.make()}
+
+
+REFUSED_BY_DALI = [
+    "jpg junk between segments", "jpg ff00 between segments", "jpg APP14 of 11 bytes", "png no IEND",
+    "png cut by 4", "png wrong CRC of IDAT", "png rows missing", "png unknown critical chunk",
+]  # fmt: skip
+WRITTEN_ANEW = [
+    "jpg EXIF twice, 6 then 1", "jpg EXIF twice, 1 then 6", "jpg EXIF twice, none then 6", "jpg Exif-0-0 twice",
+    "jpg another tag with two values", "jpg orientation as BYTE", "webp lossy, Exif-0-0, 6",
+    "webp lossless, Exif-0-0, 3", "png Exif-0-0 before it", "png APNG with a default image", "png 16-bit RGB",
+    "png 16-bit RGB + alpha", "jpg CMYK without APP14", "jpg YCCK",
+]  # fmt: skip
+ALIKE = [
+    "jpg lossless process", "jpg restart markers", "jpg 4:1:1", "jpg EXIF 6 big-endian", "png interlaced",
+    "png 4-bit palette, tRNS", "webp lossy, 1 x 3", "webp lossless, alpha", "jpg EXIF of junk", "png EXIF of junk",
+    "webp lossy, EXIF of junk",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED_BY_DALI + WRITTEN_ANEW + ALIKE)
+def test_an_odd_file_is_kept_only_if_dali_decodes_it_as_pillow_does(kind, odd, sample, tmp_path):
+    file = odd[kind]
+    (tmp_path / "x").write_bytes(file.data)
+    packed = sample(source(file.data), tmp_path)
+    assert (packed.data == file.data) == (kind in ALIKE)
+    expected = images.decode(file.data)
+    np.testing.assert_array_equal(dali_decode(packed.data), expected)
+    assert (packed.height, packed.width) == expected.shape[:2]
+    if file.upright is not None:
+        np.testing.assert_array_equal(expected, file.upright)
+
+
+def dali_decode_all(contents):
+    """Pixels by DALI, in the order of `contents`."""
+    batches = [[np.frombuffer(data, np.uint8) for data in contents[i : i + 50]] for i in range(0, len(contents), 50)]
+
+    @pipeline_def
+    def pipeline():
+        return fn.decoders.image(fn.external_source(iter(batches)), output_type=types.RGB)
+
+    built = pipeline(batch_size=50, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    return [np.array(pixels) for batch in batches for pixels in list(built.run()[0])[: len(batch)]]
+
+
+def test_each_of_hundreds_of_hostile_files_is_seen_alike_or_refused_by_name(
+    smoke, change, tmp_path, monkeypatch, capsys
+):
+    """The oracles: the pixels that a file was made of, where known, and both decoders."""
+    made = {file.name: file for file in hostile.make()}
+    assert len(made) >= 500
+    monkeypatch.chdir(tmp_path)
+    for name, file in made.items():
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(file.data)
+    params = change(smoke, "ingest", source="photos", labels="none", val_fraction=0.0, test_fraction=0.0)
+    bounds = {"min_accepted_fraction": 0.0, "min_decodable_fraction": 0.0, "max_duplicate_fraction": 1.0}
+    modes = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B", "I", "F")
+    params = change(params, "validate", **bounds, modes=modes, min_side=1)
+    for stage in (ingest, validate, shard):
+        stage.run(params)
+
+    rows = files.QUARANTINE.read_text().splitlines()[1:]
+    quarantined = dict(line.split(",", 1) if line[0] != '"' else line[1:].split('",', 1) for line in rows)
+    accepted = {row["path"]: row["sha256"][:24] for row in manifest.read(files.ACCEPTED).to_pylist()}
+    assert {*quarantined} | {*accepted} == {*made}
+    assert all(quarantined.values())
+    assert not {name for name in quarantined if made[name].upright is not None}
+    assert len(accepted) > 450
+
+    samples = {sample.key: sample for sample in webdataset.read(webdataset.tars("pretrain"))}
+    assert {*samples} == {*accepted.values()}
+    decoded = dali_decode_all([samples[key].data for key in accepted.values()])
+    for (name, key), pixels in zip(accepted.items(), decoded, strict=True):
+        np.testing.assert_array_equal(pixels, images.decode(made[name].data), err_msg=name)
+        assert pixels.shape[:2] == (samples[key].height, samples[key].width), name
+        if made[name].upright is not None:
+            np.testing.assert_array_equal(pixels, made[name].upright, err_msg=name)
+    assert "files are packed as PNG, because DALI" in capsys.readouterr().out
+
+
+def test_max_side_shrinks_upright_and_antialiased(tmp_path, sample):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
     data = encode(noise, "JPEG", quality=95, exif=exif)
     (tmp_path / "x").write_bytes(data)
-    _, packed, extension, _, height, width = shard.sample(source(data), tmp_path, 100)
+    _, packed, extension, _, height, width = sample(source(data), tmp_path, 100)
     shrunk = images.decode(packed)
     assert extension == "jpg"
     assert (height, width) == dali_decode(packed).shape[:2] == (100, 75)
@@ -211,12 +308,12 @@ def test_max_side_shrinks_upright_and_antialiased(tmp_path):
     assert difference.max() < 30
 
 
-def test_max_side_leaves_smaller_images_alone(tmp_path):
+def test_max_side_leaves_smaller_images_alone(tmp_path, sample):
     data = encode(picture(width=60, height=100), "JPEG")
     (tmp_path / "x").write_bytes(data)
-    sample = shard.sample(source(data), tmp_path, 100)
-    assert sample.data == data
-    assert (sample.height, sample.width) == (100, 60)
+    packed = sample(source(data), tmp_path, 100)
+    assert packed.data == data
+    assert (packed.height, packed.width) == (100, 60)
 
 
 @pytest.mark.parametrize("max_side", [None, 10])
@@ -250,10 +347,10 @@ def test_a_lost_image_stops_the_stage_and_changes_nothing(data, smoke):
     assert webdataset.classes() == ["old"]
 
 
-def test_a_changed_image_is_named(tmp_path):
+def test_a_changed_image_is_named(tmp_path, sample):
     (tmp_path / "x").write_bytes(b"other")
     with pytest.raises(UserError, match=r"/x has changed since ingest; run `barlow ingest` again"):
-        shard.sample(source(encode(picture(), "PNG")), tmp_path, None)
+        sample(source(encode(picture(), "PNG")), tmp_path, None)
 
 
 def test_nothing_to_pretrain_on(data, smoke):

@@ -157,6 +157,12 @@ def test_pictures_are_small_and_of_files_that_are_not_too_large(tmp_path):
         assert image.size == (96, 38)
 
 
+def test_an_image_of_32_bits_is_refused_with_the_remedy(run):
+    _, reasons, _ = run(table(mode={2: "F", 3: "I"}), modes=("RGB",), **LOOSE)
+    remedy = "validate.modes=[RGB]; save the image with 8 or 16 bits, or add the mode"
+    assert reasons == {"val/00002.jpg": f"mode F: {remedy}", "test/00003.jpg": f"mode I: {remedy}"}
+
+
 def test_rows_outside_the_bounds_are_put_aside_by_name(run):
     bad = table(
         error={0: "image file is truncated"},

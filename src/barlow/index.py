@@ -101,7 +101,10 @@ def _from_paths(paths: Iterable[Path | str]) -> Iterator[Item]:
 
 def _from_shards() -> tuple[Iterator[Item], list[Item]]:
     """Return the training images, each once, and a few test images: one per class in turn."""
-    names, classes = _names(), webdataset.classes() if (files.SHARDS / webdataset.CLASSES_FILE).exists() else []
+    names, classes = (
+        webdataset.sources(),
+        webdataset.classes() if (files.SHARDS / webdataset.CLASSES_FILE).exists() else [],
+    )
 
     def item(sample: webdataset.Sample) -> Item:
         label = classes[sample.label] if sample.label >= 0 else None
@@ -120,16 +123,6 @@ def _from_shards() -> tuple[Iterator[Item], list[Item]]:
         rounds[sample.label] = rounds.get(sample.label, -1) + 1
         chosen.append((rounds[sample.label], sample))
     return training(), [item(sample) for _, sample in sorted(chosen, key=lambda pair: pair[0])[:SAMPLES]]
-
-
-def _names() -> dict[str, str]:
-    """Return the paths of the accepted images by their keys in the shards; none without data/accepted.parquet."""
-    if not files.ACCEPTED.exists():
-        return {}
-    from pyarrow import parquet  # comes with the stage that wrote the file
-
-    rows = parquet.read_table(files.ACCEPTED, columns=["path", "sha256"]).to_pydict()
-    return {sha256[:24]: path for path, sha256 in zip(rows["path"], rows["sha256"], strict=True)}
 
 
 def _decode(item: Item) -> tuple[Pixels, bytes] | str:

@@ -2,15 +2,19 @@
 
 Reads data/accepted.parquet and the images. Writes data/shards/{pretrain,train,val,test}-NNNNNN.tar, an .idx and a .npy
 beside each, and classes.json. `pretrain` also holds the images of `train`, without their labels.
+
+Training decodes with DALI, everything else with Pillow, and they must see the same picture. So DALI decodes each file
+once, here. A file that DALI decodes to other pixels than Pillow, or not at all, is packed as a PNG of Pillow's pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from math import ceil
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from barlow.core import files, images, webdataset
+from barlow.core import dali, files, images, webdataset
 from barlow.core.errors import UserError
 from barlow.core.progress import Progress
 from barlow.data import manifest
 from barlow.settings.params import Params
 
-# Files of these formats are kept as they are in modes L and RGB, in which DALI decodes them to the same pixels as
-# `images.decode`. An MPO file is a JPEG file with more images after the first.
-KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # of files that may be kept, by format
+SHOWN = 3  # names of files in a message
 
 
 class Source(NamedTuple):
@@ -34,12 +37,12 @@ class Source(NamedTuple):
 
     path: str
     sha256: str
+    pixels: int
     format: str
     mode: str
     width: int
     height: int
     bytes: int
-    orientation: int | None
     split: str
     label: int
 
@@ -63,11 +66,16 @@ def run(params: Params) -> None:
     folder.mkdir(parents=True)
     try:
         files.write_json(folder / webdataset.CLASSES_FILE, classes)
-        pack_all({folder / name: chunk for name, chunk in tars.items()}, root, params.shard.max_side)
+        anew = pack_all({folder / name: chunk for name, chunk in tars.items()}, root, params.shard.max_side)
         shutil.rmtree(files.SHARDS, ignore_errors=True)
         folder.rename(files.SHARDS)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    if anew:
+        print(
+            f"{len(anew)} files are packed as PNG, because DALI, which training uses, does not decode them to Pillow's "
+            f"pixels: {', '.join(anew[:SHOWN])}{', ...' if len(anew) > SHOWN else ''}"
+        )
 
 
 def read_sources(path: Path = files.ACCEPTED) -> tuple[list[Source], list[str]]:
@@ -109,49 +117,102 @@ def _cut(sources: list[Source], max_bytes: int) -> Iterator[list[Source]]:
         yield chunk
 
 
-def pack_all(tars: dict[Path, list[Source]], root: Path, max_side: int | None) -> None:
-    """Write all tars, in one process per CPU; the number of processes does not change their bytes."""
+def pack_all(tars: dict[Path, list[Source]], root: Path, max_side: int | None) -> list[str]:
+    """Write all tars, in one process per CPU, and return the sorted paths of the files that DALI made write anew.
+
+    The number of processes does not change the tars' bytes.
+    """
+    anew = set[str]()
+    total = sum(map(len, tars.values()))
+    context = get_context("forkserver")  # not fork: torch, tqdm or a test runner may have started threads here
+    context.set_forkserver_preload(dali.PRELOAD)
     with (
-        # Not fork: torch, tqdm or a test runner may have started threads in this process.
-        ProcessPoolExecutor(files.cpus(), get_context("forkserver")) as pool,
-        Progress("shard", sum(map(len, tars.values()))) as progress,
+        ProcessPoolExecutor(files.cpus(), context) as pool,
+        Progress("shard", total) as progress,
     ):
-        jobs = {pool.submit(pack, path, chunk, root, max_side): len(chunk) for path, chunk in tars.items()}
+        jobs = {}
+        for path, chunk in tars.items():
+            processes = ceil(files.cpus() * len(chunk) / total)  # by the tar's share of the work
+            jobs[pool.submit(pack, path, chunk, root, max_side, processes)] = len(chunk)
         try:
             for job in as_completed(jobs):
-                job.result()
+                anew.update(job.result())
                 progress.update(jobs[job])
         finally:
             pool.shutdown(cancel_futures=True)
+    return sorted(anew)
 
 
-def pack(path: Path, sources: list[Source], root: Path, max_side: int | None) -> None:
-    """Write one tar."""
-    webdataset.write(path, (sample(source, root, max_side) for source in sources))
+def pack(path: Path, sources: list[Source], root: Path, max_side: int | None, processes: int = 1) -> list[str]:
+    """Write one tar, with a number of DALI's processes, and return the paths of the files that DALI made write anew."""
+    anew: list[str] = []
+    with ExitStack() as stack:
+        # The pool's processes have no threads, so they may fork.
+        decoders = [stack.enter_context(dali.Decoder(fork=True)) for _ in range(processes)]
+        webdataset.write(path, samples(sources, root, max_side, decoders, anew))
+    return anew
 
 
-def sample(source: Source, root: Path, max_side: int | None) -> webdataset.Sample:
-    """Read one image. Its file is kept as it is, unless it is too large or DALI would decode other pixels.
+def samples(
+    sources: Iterable[Source], root: Path, max_side: int | None, decoders: list[dali.Decoder], anew: list[str]
+) -> Iterator[webdataset.Sample]:
+    """Yield the images as they are packed; append to `anew` the paths that `pack` returns.
+
+    A file is kept if DALI decodes it to the very pixels that ingest got from Pillow. No tolerance is needed: not one
+    pixel of 3,781 photographs in JPEG differed (Pillow 13.0, DALI 2.4).
 
     Raises:
-        UserError: the file is gone or has changed since ingest.
+        UserError: a file is gone or has changed since ingest.
     """
-    try:
-        data = (root / source.path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{root / source.path} cannot be read ({error.strerror}); run `barlow ingest` again") from None
-    if hashlib.sha256(data).hexdigest() != source.sha256:
-        raise UserError(f"{root / source.path} has changed since ingest; run `barlow ingest` again")
-    height, width = source.height, source.width
-    if (source.orientation or 1) >= 5:  # in EXIF: rotated by 90 degrees
-        height, width = width, height
-    if max_side is not None and max(width, height) > max_side:
+
+    def read() -> Iterator[tuple[list[tuple[Source, bytes, bool]], list[bytes]]]:
+        for batch in dali.batches(sources, lambda source: source.bytes + 3 * source.width * source.height):
+            asked = [_may_stay(source) and not _is_large(source, max_side) for source in batch]
+            contents = [_read(root / source.path, source.sha256) for source in batch]
+            ask = [data for data, asks in zip(contents, asked, strict=True) if asks]
+            yield list(zip(batch, contents, asked, strict=True)), ask
+
+    for batch, answers in dali.in_turn(decoders, read()):
+        each = iter(answers)
+        for source, data, asked in batch:
+            seen = next(each) if asked else None
+            if asked and (seen is None or seen.digest != source.pixels):
+                anew.append(source.path)
+                seen = None
+            yield sample(source, data, seen, max_side)
+
+
+def sample(source: Source, data: bytes, seen: dali.Decoded | None, max_side: int | None) -> webdataset.Sample:
+    """Return one image as it is packed: the file as it is where DALI has `seen` Pillow's pixels, else written anew."""
+    if seen:
+        (height, width), extension = seen[:2], EXTENSIONS[source.format]
+    elif max_side is not None and _is_large(source, max_side):
         (data, (width, height)), extension = shrunk(data, max_side), "jpg"
-    elif source.format in KEPT and source.mode in ("L", "RGB") and _dali_turns(data, source.orientation or 1):
-        extension = KEPT[source.format]
     else:
-        data, extension = images.encode(Image.fromarray(images.decode(data, formats=images.INGESTED)), "PNG"), "png"
+        pixels = images.decode(data, formats=images.INGESTED)
+        (height, width), extension = pixels.shape[:2], "png"
+        data = images.encode(Image.fromarray(pixels), "PNG")
     return webdataset.Sample(source.sha256[:24], data, extension, source.label, height, width)
+
+
+def _may_stay(source: Source) -> bool:
+    """Tell whether a file is kept if DALI agrees. A JPEG of four channels is not: a GPU may convert it differently."""
+    return source.format in EXTENSIONS and source.mode != "CMYK"
+
+
+def _is_large(source: Source, max_side: int | None) -> bool:
+    return max_side is not None and max(source.width, source.height) > max_side
+
+
+def _read(path: Path, sha256: str) -> bytes:
+    """Return the content of a file; raises UserError if it is gone or is not the file that ingest saw."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); run `barlow ingest` again") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{path} has changed since ingest; run `barlow ingest` again")
+    return data
 
 
 def shrunk(data: bytes, max_side: int) -> tuple[bytes, tuple[int, int]]:
@@ -159,13 +220,3 @@ def shrunk(data: bytes, max_side: int) -> tuple[bytes, tuple[int, int]]:
     image = Image.fromarray(images.decode(data, formats=images.INGESTED))
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return images.encode(image, "JPEG", quality=95, subsampling=0), image.size
-
-
-def _dali_turns(data: bytes, orientation: int) -> bool:
-    """Tell whether DALI finds the orientation that Pillow found: DALI looks in EXIF only, Pillow in XMP as well."""
-    if orientation == 1:
-        return True
-    Image.MAX_IMAGE_PIXELS = None  # ingest has applied ingest.max_pixels; only the header is read here
-    exif = Image.Exif()
-    exif.load(Image.open(io.BytesIO(data)).info.get("exif", b""))
-    return bool(exif.get(0x0112) == orientation)

@@ -126,6 +126,8 @@ def _quarantine(outcomes: dict[str, Outcome], images: pd.DataFrame) -> pd.DataFr
             continue
         for path, value in outcomes[name].rows.items():
             fact, rule = (value, "") if name == "decodable" else (f"{name} {value}", f": {outcomes[name].rule}")
+            if name == "mode" and value in ("I", "F"):
+                rule += "; save the image with 8 or 16 bits, or add the mode"
             reasons.setdefault(path, {}).setdefault(rule, []).append(fact)
             kinds.setdefault(path, name)
     if "unique" in outcomes:

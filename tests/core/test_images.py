@@ -83,6 +83,77 @@ def test_16_bits_are_scaled_to_8(kind):
     np.testing.assert_array_equal(decoded, grey3(np.array([[0, 0, 1, 1], [128, 255, 255, 4]], np.uint8)))
 
 
+BIG_ENDIAN = (
+    b"MM\0*" + struct.pack(">IH", 8, 9)
+    + b"".join(
+        struct.pack(">HHII", tag, 4, 1, value)
+        for tag, value in [
+            (256, 4), (257, 2), (258, 16), (259, 1), (262, 1), (273, 8 + 2 + 12 * 9 + 4), (277, 1), (278, 2), (279, 16)
+        ]
+    )
+    + bytes(4)
+)  # fmt: skip
+
+
+def test_16_bits_of_either_byte_order_are_scaled_alike():
+    wide = np.array([[0, 128, 129, 257], [32896, 65535, 65407, 1000]], np.uint16)
+    data = BIG_ENDIAN + wide.astype(">u2").tobytes()
+    assert Image.open(io.BytesIO(data)).mode == "I;16B"
+    np.testing.assert_array_equal(images.decode(data), grey3(np.array([[0, 0, 1, 1], [128, 255, 255, 4]], np.uint8)))
+
+
+def test_a_dark_image_of_16_bits_stays_dark():
+    data = encode(Image.fromarray(np.full((2, 2), 200, np.uint16)), "TIFF")
+    np.testing.assert_array_equal(images.decode(data), np.ones((2, 2, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        (np.array([0, 0.5, 1], np.float32), [0, 128, 255]),
+        (np.array([0, 0.1], np.float32), [0, 26]),
+        (np.array([0, 1.5, 254.6], np.float32), [0, 2, 255]),
+        (np.array([0, 257, 65535], np.float32), [0, 1, 255]),
+        (np.array([0, 1, 255], np.int32), [0, 1, 255]),
+        (np.array([0, 300, 65535], np.int32), [0, 1, 255]),
+    ],
+)
+def test_32_bits_are_scaled_by_their_range(values, wanted):
+    decoded = images.decode(encode(Image.fromarray(values[None]), "TIFF"))
+    assert decoded[0].tolist() == [[value] * 3 for value in wanted]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.array([0, 70_000.5], np.float32), "float values from 0 to 70000.5: save the image with 8 or 16 bits"),
+        (np.array([-0.5, 1], np.float32), "float values from -0.5 to 1: save"),
+        (np.array([0, np.nan], np.float32), "float values from nan to nan: save"),
+        (np.array([0, np.inf], np.float32), "float values from 0 to inf: save"),
+        (np.array([-1, 5], np.int32), "32-bit values from -1 to 5: save the image with 8 or 16 bits"),
+        (np.array([0, 65_536], np.int32), "32-bit values from 0 to 65536: save"),
+    ],
+)
+def test_32_bits_of_no_known_range_are_refused_with_the_reason(values, reason):
+    with pytest.raises(ValueError, match=reason):
+        images.decode(encode(Image.fromarray(values[None]), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0junk, and more junk", b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01"])
+def test_a_broken_exif_block_refuses_no_picture(kind, exif):
+    plain = Image.fromarray(RGB)
+    image = images.open_image(encode(plain, kind, exif=exif))
+    assert images.orientation(image) == 1
+    np.testing.assert_array_equal(images.to_rgb(image), images.decode(encode(plain, kind)))
+
+
+def test_a_digest_tells_pixels_and_shapes_apart():
+    assert images.digest(RGB) == images.digest(np.asfortranarray(RGB))
+    others = [RGB[::-1], RGB.reshape(7, 5, 3), RGB ^ (np.arange(105).reshape(5, 7, 3) == 50)]
+    assert len({images.digest(pixels) for pixels in (RGB, *others)}) == 4
+
+
 def test_exif_orientation():
     upright = {  # EXIF 2.3, 4.6.4: the stored pixels, upright
         1: lambda a: a,

@@ -2,9 +2,11 @@ import io
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import wds2idx
 from nvidia.dali import fn, pipeline_def, types
+from pyarrow import parquet
 
 from barlow.core import files, webdataset
 from barlow.core.errors import UserError
@@ -120,6 +122,15 @@ def test_tars_are_those_of_the_split_in_order(tar):
         webdataset.write(tar.with_name(f"{name}.tar"), SAMPLES[:1])
     assert [t.name for t in webdataset.tars("train", tar.parent)] == [f"train-0000{i}.tar" for i in ("00", "02", "10")]
     assert webdataset.tars("val", tar.parent) == []
+
+
+def test_sources_are_the_accepted_paths_by_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert webdataset.sources() == {}
+    files.ACCEPTED.parent.mkdir()
+    rows = {"path": ["a.png", "b/c.jpg"], "sha256": [64 * "0", 32 * "1f"]}
+    parquet.write_table(pa.table(rows), files.ACCEPTED)
+    assert webdataset.sources() == {24 * "0": "a.png", 12 * "1f": "b/c.jpg"}
 
 
 def test_classes(tar):

@@ -29,6 +29,17 @@ def test_facts_of_one_image(tmp_path):
     assert deep["mode"] == "I;16"
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_broken_exif_block_is_orientation_1(tmp_path, kind):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    (tmp_path / "plain").write_bytes(images.encode(image, kind))
+    (tmp_path / "broken").write_bytes(images.encode(image, kind, exif=b"Exif\0\0junk, and more junk"))
+    plain, broken = facts.read_chunk(tmp_path, ["plain", "broken"], 10_000).to_pylist()
+    assert broken["error"] is None
+    assert broken["pixels"] == plain["pixels"] == images.digest(images.decode((tmp_path / "plain").read_bytes()))
+    assert broken["orientation"] == plain["orientation"] == 1
+
+
 def test_unreadable_and_oversized_files(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(picture())
 

@@ -4,12 +4,14 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from scipy.stats import chisquare
 
-from barlow.core import webdataset
+from barlow.core import files, webdataset
 from barlow.core.errors import UserError
 from barlow.training import views
 
@@ -346,16 +348,32 @@ def test_a_tar_that_was_cut_off_is_named(tars, smoke, tmp_path):
         next(iter(twin_views))
 
 
-def test_images_that_do_not_decode_are_named(tmp_path, smoke):
+@pytest.mark.parametrize("listed", [True, False])
+def test_images_that_do_not_decode_are_named_by_their_source_files(tmp_path, smoke, monkeypatch, listed):
+    monkeypatch.chdir(tmp_path)
     samples = [numbered(i) for i in range(30)]
     for i in (3, 20):
         samples[i] = samples[i]._replace(data=samples[i].data[:60])
     webdataset.write(tmp_path / "pretrain-000000.tar", samples[:2])
     webdataset.write(tmp_path / "pretrain-000001.tar", samples[2:])
+    if listed:
+        rows = {"path": [f"photos/{i}.png" for i in range(30)], "sha256": [s.key + 40 * "0" for s in samples]}
+        files.ACCEPTED.parent.mkdir()
+        parquet.write_table(pa.table(rows), files.ACCEPTED)
     twin_views = views.TwinViews(webdataset.tars("pretrain", tmp_path), smoke.views, 30, 0)
-    bad = rf"pretrain-000001\.tar: {samples[3].key}\.png, {samples[20].key}\.png cannot be decoded"
-    with pytest.raises(UserError, match=bad):
+    bad = [rf"photos/{i}\.png" if listed else rf"{samples[i].key}\.png" for i in (3, 20)]
+    with pytest.raises(UserError, match=rf"pretrain-000001\.tar: {', '.join(bad)} cannot be decoded; replace"):
         next(iter(twin_views))
+
+
+def test_the_search_for_a_bad_image_leaves_this_process_alone(tmp_path, monkeypatch):
+    """DALI may crash after a failure, so here it is not even asked."""
+    sample = numbered(0)
+    webdataset.write(tmp_path / "pretrain-000000.tar", [sample._replace(data=sample.data[:-12])])
+    monkeypatch.setattr(views.fn.decoders, "image", None)
+    assert "pretrain-000000.tar: 000000000000000000000000.png" in views._undecodable(
+        webdataset.tars("pretrain", tmp_path)
+    )
 
 
 def test_pairs_are_the_first_images_as_the_network_sees_them(tars, plain):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 # The formats that are decoded, by Pillow's names. Other formats are a risk: some take gigabytes whatever their header
 # says, and an EPS file is a program that would be run.
@@ -17,6 +18,17 @@ FORMATS = ("BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 INGESTED = (*FORMATS, "GIF")  # what `validate.formats` may name
 THUMBNAIL = 96  # px, the longer side
 SALVAGED_PIXELS = 100_000_000  # at most, of an image to salvage: 300 MB decoded
+ORIENTATION = 0x0112  # the EXIF tag
+# What makes an image upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3)
 
@@ -61,18 +73,60 @@ def _unknown(start: bytes, formats: tuple[str, ...]) -> str:
     return "not an image in a known format"
 
 
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 if there is none or the EXIF block is broken: it refuses no picture."""
+    try:
+        value = image.getexif().get(ORIENTATION)
+    except Exception:  # of a broken block: struct.error, SyntaxError, ...
+        return 1
+    return value if isinstance(value, int) and value in TURNS else 1
+
+
 def to_rgb(image: Image.Image) -> Pixels:
-    """Return uint8 (height, width, 3): upright by its EXIF orientation, 16 bits scaled to 8, alpha dropped.
+    """Return uint8 (height, width, 3): upright by its EXIF orientation, wider values scaled to 8 bits, alpha dropped.
 
     Raises:
-        ValueError: the EXIF block is broken, or Pillow cannot convert the image's mode.
+        ValueError: Pillow cannot convert the image's mode, or nothing says how to scale its values.
     """
     with _reasons():
-        image = ImageOps.exif_transpose(image)
+        turn = TURNS.get(orientation(image))
+        image = image if turn is None else image.transpose(turn)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            wide = np.asarray(image, dtype=np.float32)
-            image = Image.fromarray((wide / 257).clip(0, 255).round().astype(np.uint8))
-        return np.asarray(image.convert("RGB"))
+            image = Image.fromarray(_to_8_bits(image))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _to_8_bits(image: Image.Image) -> Pixels:
+    """Scale the values of a grey image (height, width) to 0 to 255.
+
+    16-bit values are divided by 257, however dark. Modes I (32 bits) and F (float) do not say which value is white: F
+    within 0..1 is multiplied by 255, both within 0..255 stay, and both within 0..65535 are divided by 257.
+
+    Raises:
+        ValueError: the values of mode I or F lie in none of these ranges.
+    """
+    wide = np.asarray(image)
+    if image.mode in ("I", "F"):
+        low, high = wide.min(), wide.max()
+        if not (low >= 0 and high <= 65535):  # NaN is neither
+            kind = "float" if image.mode == "F" else "32-bit"
+            raise ValueError(f"{kind} values from {low:g} to {high:g}: save the image with 8 or 16 bits")
+        if image.mode == "F" and high <= 1:
+            wide = wide * 255
+        elif high > 255:
+            wide = wide / 257
+    else:
+        wide = wide.astype(np.float32) / 257
+    scaled: Pixels = wide.round().astype(np.uint8)
+    return scaled
+
+
+def digest(pixels: Pixels) -> int:
+    """Return a number that tells pixels (height, width, 3) apart: the CRC-32 of their shape and values.
+
+    It compares two decoders' results on one file. So 32 bits are enough, and the fastest hash will do.
+    """
+    return zlib.crc32(np.ascontiguousarray(pixels).data, zlib.crc32(repr(pixels.shape).encode()))
 
 
 def decode(data: bytes, max_pixels: int | None = None, formats: tuple[str, ...] = FORMATS) -> Pixels:

@@ -185,6 +185,16 @@ def classes(folder: Path = files.SHARDS) -> list[str]:
     return names
 
 
+def sources() -> dict[str, str]:
+    """Return the paths of the accepted images by their keys in the shards; none without data/accepted.parquet."""
+    if not files.ACCEPTED.exists():
+        return {}
+    from pyarrow import parquet  # comes with the stage that wrote the file
+
+    rows = parquet.read_table(files.ACCEPTED, columns=["path", "sha256"]).to_pydict()
+    return {sha256[:24]: path for path, sha256 in zip(rows["path"], rows["sha256"], strict=True)}
+
+
 def _sides(tar: Path) -> Path:
     return tar.with_suffix(".npy")
 

@@ -101,8 +101,8 @@ def _read_image(path: Path, max_pixels: int) -> dict[str, Any]:
         return facts | {"error": "empty file"}
     try:
         image = images.open_image(content, max_pixels, images.INGESTED)
-        orientation = image.getexif().get(0x0112)
-        histogram = np.array(Image.fromarray(images.to_rgb(image)).convert("L").histogram())
+        pixels = images.to_rgb(image)
+        histogram = np.array(Image.fromarray(pixels).convert("L").histogram())
     except Exception as error:  # a broken file can make a decoder raise anything
         return facts | {"error": " ".join(str(error).split())[:200] or type(error).__name__}
     n, total, squares = (int((np.arange(256) ** power * histogram).sum()) for power in (0, 1, 2))
@@ -112,7 +112,8 @@ def _read_image(path: Path, max_pixels: int) -> dict[str, Any]:
         "height": image.height,
         "mode": image.mode,
         "format": image.format,
+        "pixels": images.digest(pixels),
         "brightness": round(total / n, 3),
         "contrast": round(math.sqrt(n * squares - total**2) / n, 3),  # the integers under the root are exact
-        "orientation": orientation if orientation in range(1, 9) else 1,
+        "orientation": images.orientation(image),
     }

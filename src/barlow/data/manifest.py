@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         pa.field("format", pa.string()),
         pa.field("bytes", pa.int64()),
         pa.field("sha256", pa.string()),  # of the file, in hex
+        pa.field("pixels", pa.int64()),  # `images.digest` of the upright RGB pixels that Pillow decodes
         pa.field("brightness", pa.float64()),  # mean of the grey image, 0 to 255
         pa.field("contrast", pa.float64()),  # its standard deviation
         pa.field("orientation", pa.int8()),  # EXIF, 1 to 8

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import Pipeline, fn, pipeline_def
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from barlow.core import files, webdataset
+from barlow.core import dali, files, webdataset
 from barlow.core.errors import UserError
 from barlow.settings import params
 from barlow.training.distort import Distortion, augment, draw
@@ -39,8 +39,7 @@ def view_pipeline(batches: Any, views: params.Views, count: int) -> Any:
     n = len(Distortion._fields)
     encoded, *drawn = fn.external_source(batches, num_outputs=1 + count * n)
     device = "cpu" if Pipeline.current().device_id is None else "mixed"
-    # Without fancy upsampling a GPU repeats the chroma of a JPEG, up to 18 levels from what the CPU always does.
-    pixels = fn.decoders.image(encoded, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True)
+    pixels = dali.decoded(encoded, device)
     return tuple(augment(pixels, Distortion(*drawn[i * n : (i + 1) * n]), views) for i in range(count))
 
 
@@ -216,24 +215,19 @@ def single_views(
 
 
 def _undecodable(tars: list[Path]) -> str:
-    """Name the first images that DALI does not decode, with their tar; return "" if it decodes all."""
-    for tar in tars:
-        samples = webdataset.read([tar])
-        while chunk := list(islice(samples, 256)):
-            if not _decodes(chunk):
-                return f"{tar}: " + ", ".join(f"{s.key}.{s.extension}" for s in chunk if not _decodes([s]))
+    """Name the first images that DALI does not decode, by their source files; return "" if it decodes all.
+
+    The search happens in another process, since DALI in this one may crash after a failure.
+    """
+    names = webdataset.sources()
+    with dali.Decoder() as decoder:
+        for tar in tars:
+            for batch in dali.batches(webdataset.read([tar]), lambda s: len(s.data) + 3 * s.height * s.width):
+                decoded = decoder.decode([sample.data for sample in batch])
+                bad = [sample for sample, pixels in zip(batch, decoded, strict=True) if pixels is None]
+                if bad:
+                    return f"{tar}: " + ", ".join(names.get(s.key, f"{s.key}.{s.extension}") for s in bad)
     return ""
-
-
-def _decodes(samples: list[webdataset.Sample]) -> bool:
-    with Pipeline(len(samples), files.cpus(), None, prefetch_queue_depth=1) as pipeline:
-        encoded = [np.frombuffer(sample.data, np.uint8) for sample in samples]
-        pipeline.set_outputs(fn.decoders.image(fn.external_source(lambda: encoded), output_type=types.RGB))
-    try:
-        pipeline.run()
-    except RuntimeError:
-        return False
-    return True
 
 
 def pairs(tars: list[Path], views: params.Views, n: int, seed: int) -> tuple[Pixels, Pixels]:
