@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from barlow.core import images
+from barlow.core.progress import shown
 from barlow.settings import params
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -129,7 +130,7 @@ def write(root: Path, p: params.Synthetic) -> None:
     for part, (split, count) in enumerate(
         {"unlabelled": p.unlabelled, "train": p.train, "val": p.val, "test": p.test}.items()
     ):
-        for i in range(count):
+        for i in shown(range(count), f"draw {split}", count):
             rng = np.random.default_rng([p.seed, part, i])
             family = list(FAMILIES)[rng.integers(len(FAMILIES))]
             folder = root / split if split == "unlabelled" else root / split / family
