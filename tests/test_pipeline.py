@@ -142,6 +142,7 @@ def test_metrics_and_plots_are_shown(project):
         assert name in text
 
 
+@pytest.mark.soak
 def test_a_stopped_and_then_killed_pretraining_goes_on_when_the_flow_tries_again(project, tmp_path):
     """It ends with the weights of before, to the bit, so that only the report is written again: it has the time."""
     copy = shutil.copytree(project, tmp_path / "barlow", symlinks=True)

@@ -319,7 +319,7 @@ def box(request, prepared, tmp_path_factory):
 
 
 one = pytest.mark.parametrize("box", ["sqlite"], indirect=True)
-both = pytest.mark.parametrize("box", ["sqlite", "postgres"], indirect=True)
+both = pytest.mark.parametrize("box", ["sqlite", pytest.param("postgres", marks=pytest.mark.soak)], indirect=True)
 
 
 @both
