@@ -288,6 +288,13 @@ def test_val_without_test_becomes_test(tmp_path, read, capsys):
     )
 
 
+def test_val_without_labels_does_not_become_test(tmp_path, read, capsys):
+    """The layout of raw ILSVRC: train/<class>/ and val/ flat. A test split without labels would measure nothing."""
+    photos = fill(tmp_path / "photos", range(20), "train/cat", "train/dog", "val")
+    assert {row["split"] for path, row in read(photos).items() if path.startswith("val/")} == {"val"}
+    assert "val has no labels, so it is not taken as test" in capsys.readouterr().out
+
+
 def test_val_without_test_in_a_list(tmp_path, read):
     fill(tmp_path / "photos", range(2))
     text = "path,label,split\ncat/0.png,cat,train\ncat/1.png,cat,val\ndog/0.png,dog,train\ndog/1.png,dog,val\n"
@@ -358,7 +365,7 @@ def test_masks_beside_photographs_are_told(tmp_path, read, capsys):
             mask = np.random.default_rng(seed).integers(0, 2, (8, 9), dtype=np.uint8) * 255
             (photos / folder / f"{seed}_mask.png").write_bytes(images.encode(Image.fromarray(mask), "PNG"))
     read(photos)
-    told = "photos: 10 of 20 images have at most two grey values, for example cat/0_mask.png: masks? leave them out"
+    told = "photos: 10 of 20 images have at most 16 grey values, for example cat/0_mask.png: masks? leave them out"
     assert told in capsys.readouterr().err
     read(photos, exclude=("*_mask.png",))
     assert "grey" not in capsys.readouterr().err

@@ -400,7 +400,7 @@ def test_all_processes_go_on_from_what_the_first_found(
             pretrain.run(gentle)
     monkeypatch.chdir(folders[0])
     said = ranks(gentle, folders)
-    assert ("going on from step 7 of 24; 2 process(es) and not 1" if holder == 0 else "from the start") in said[0]
+    assert ("going on from step 7 of 24; now 2 process(es), before 1" if holder == 0 else "from the start") in said[0]
     assert_close(curve("loss"), gentle_losses)
 
 

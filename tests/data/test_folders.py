@@ -124,3 +124,18 @@ def test_without_labels_nothing_stops_and_plain_names_are_splits():
         "test_images": None,
     }
     assert understand("archive/cat", "archive/dog", labels="none")[0]["archive/cat"][0] is None
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("trainA", "trainB", "testA", "testB"),
+        ("train_cats", "train_dogs", "test_cats", "test_dogs"),
+        ("ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1-2_Test_Input"),
+    ],
+)
+def test_splits_with_something_else_in_their_names_stop(names):
+    with pytest.raises(UserError, match="have a split in their names, and something else"):
+        understand(*names)
+    assert understand(*names, labels="classes")[0][names[0]] == (None, names[0])
+    assert understand("train_station", "airport")[0]["airport"] == (None, "airport")  # one split is none

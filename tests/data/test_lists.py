@@ -58,8 +58,16 @@ def test_columns_that_are_not_clear_are_refused_by_name(tmp_path, head, message)
 
 
 def test_a_list_with_other_separators_is_refused_with_the_remedy(tmp_path):
-    with pytest.raises(UserError, match="only name;klasse; rename one; separate the columns with commas"):
-        csv(tmp_path, "name;klasse\na.png;x\n")
+    for separator in (";", "\t", "|"):
+        with pytest.raises(UserError, match=r"it separates columns with .*; separate them with commas"):
+            csv(tmp_path, f"path{separator}label\na.png{separator}x\n")
+
+
+@pytest.mark.parametrize("text", ["étiquette,path\nx,a.png\n", "path,label\na.png,café\n"])
+def test_a_list_that_is_not_utf8_says_so(tmp_path, text):
+    (tmp_path / "list.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"is it not UTF-8\? Save it as CSV UTF-8"):
+        lists.read(tmp_path / "list.csv")
 
 
 def test_the_columns_own_name_comes_first_and_the_rest_is_told(tmp_path):

@@ -103,7 +103,7 @@ def test_masks_among_photographs_are_told(warn):
     masks = [{"path": f"x{i}_mask.jpg", "greys": 2, "split": "pretrain", "error": None} for i in range(4)]
     table = pa.concat_tables([rows((4, "pretrain", None, {})), pa.Table.from_pylist(masks, rows().schema)])
     assert warn(table) == [
-        "warning: photos: 4 of 8 images have at most two grey values, for example x0_mask.jpg: masks? leave them out "
+        "warning: photos: 4 of 8 images have at most 16 grey values, for example x0_mask.jpg: masks? leave them out "
         "with ingest.exclude"
     ]
     assert warn(table.slice(4)) == []  # all alike: a set of drawings

@@ -60,10 +60,13 @@ class Layout(NamedTuple):
 
 def split_of(name: str) -> str | None:
     """Return the split that a name stands for, such as `test` for "Testing", "test_images" or "seg_test"; else None."""
-    words = re.sub(r"[^a-z]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()).split()
-    words = [word.removesuffix("set") if word.removesuffix("set") in SPLIT_WORDS else word for word in words]
-    words = [word for word in words if word not in FILLERS]
+    words = [word for word in _words(name) if word not in FILLERS]
     return SPLIT_WORDS.get(words[0]) if len(words) == 1 else None
+
+
+def _words(name: str) -> list[str]:
+    words = re.sub(r"[^a-z]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()).split()
+    return [word.removesuffix("set") if word.removesuffix("set") in SPLIT_WORDS else word for word in words]
 
 
 def understand(folders: Iterable[Folder], source: str, labels: str) -> Layout:
@@ -88,6 +91,8 @@ def understand(folders: Iterable[Folder], source: str, labels: str) -> Layout:
         _require_no_wrapper(folders, source)
         if splits and len(splits) < len(top):
             _stop_at_mixed(top, splits, source)
+        if not splits:
+            _require_no_split_within(top, source)
         _require_no_split_below(folders, splits, doubled, source)
     elif len(splits) < len(top):  # without labels only the plain names are splits beside other folders
         splits = {name: split for name, split in splits.items() if name.lower() in SPLIT_WORDS}
@@ -145,6 +150,16 @@ def _stop_at_mixed(top: list[str], splits: dict[str, str], source: str) -> None:
         f"all of them are classes, set ingest.labels: classes; if not, leave {_shown(others)} out with ingest.exclude, "
         f"or {LIST}"
     )
+
+
+def _require_no_split_within(top: list[str], source: str) -> None:
+    """Stop at names that hold different splits and something else: trainA and testA, train_cats and test_cats."""
+    within = {name: {SPLIT_WORDS[word] for word in _words(name) if word in SPLIT_WORDS} for name in top}
+    if len(set().union(*within.values())) > 1:
+        raise UserError(
+            f"ingest.source={source}: {_shown(name for name in top if within[name])} have a split in their names, and "
+            f"something else. If they are classes, set ingest.labels: classes; if they are splits, {LIST}"
+        )
 
 
 def _require_no_split_below(folders: list[Folder], splits: dict[str, str], doubled: set[str], source: str) -> None:

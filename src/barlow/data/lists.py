@@ -80,12 +80,19 @@ def _table(source: Path) -> pa.Table:
         )
         lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
         return pyarrow.csv.read_csv(source, parse_options=lines, convert_options=text)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"ingest.source={source} cannot be read as a table: {' '.join(str(error).split())}") from None
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        hint = "; is it not UTF-8? Save it as CSV UTF-8" if re.search("utf-?8", reason, re.IGNORECASE) else ""
+        raise UserError(f"ingest.source={source} cannot be read as a table: {reason}{hint}") from None
 
 
 def _roles(columns: list[str], source: Path) -> dict[str, str]:
     """Return the name of the column for each of path, label and split that there is."""
+    if len(columns) == 1 and (separator := re.search("[;\t|]", columns[0])):
+        raise UserError(
+            f"ingest.source={source} has one column, {columns[0]!r}: it separates columns with {separator[0]!r}; "
+            "separate them with commas"
+        )
     normal = {name: re.sub(r"[\W_]+", "_", name.strip().lower()).strip("_") for name in columns}
     known = [name for name in columns if any(normal[name] in synonyms for synonyms in SYNONYMS.values())]
     for name in known:
@@ -112,8 +119,7 @@ def _roles(columns: list[str], source: Path) -> dict[str, str]:
                 "is meant, else to something else"
             )
     if "path" not in roles:
-        hint = "; separate the columns with commas" if len(columns) == 1 and re.search("[;\t|]", columns[0]) else ""
-        raise UserError(f"ingest.source={source} has no column `path`, only {', '.join(columns)}; rename one{hint}")
+        raise UserError(f"ingest.source={source} has no column `path`, only {', '.join(columns)}; rename one")
     return roles
 
 

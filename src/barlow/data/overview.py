@@ -17,6 +17,7 @@ NAMED = 3  # classes in a warning
 WIDTH = 30  # characters of a class's name
 MINORITY = (0.05, 0.95)  # share of the images from which, and up to which, they are a population of their own
 FEW = 3  # images that are no population yet
+FEW_GREYS = 16  # grey values of masks and label maps, at most; photographs have 80 and more
 
 
 def table(rows: pa.Table) -> list[str]:
@@ -92,13 +93,13 @@ def _no_accuracy(rows: pa.Table, named: list[str], p: Ingest) -> list[str]:
 
 
 def _masks(rows: pa.Table) -> list[str]:
-    """Warn of images with two grey values among images that have more."""
-    two = rows.filter(pc.less_equal(rows["greys"], 2))["path"].to_pylist()
-    if not _is_population(len(two), rows.num_rows):
+    """Warn of images with few grey values, as masks and label maps have, among images that have more."""
+    few = rows.filter(pc.less_equal(rows["greys"], FEW_GREYS))["path"].to_pylist()
+    if not _is_population(len(few), rows.num_rows):
         return []
     return [
-        f": {len(two)} of {rows.num_rows} images have at most two grey values, for example {min(two)}: masks? leave "
-        "them out with ingest.exclude"
+        f": {len(few)} of {rows.num_rows} images have at most {FEW_GREYS} grey values, for example {min(few)}: masks? "
+        "leave them out with ingest.exclude"
     ]
 
 
@@ -112,6 +113,8 @@ def _other_suffixes(paths: list[str]) -> list[str]:
         suffixes[suffix] += 1
         by = folders[str(pure.parent)]
         by[suffix] = min(by.get(suffix, path), path)
+    if len(folders) < 2:
+        return []
     everywhere = [suffix for suffix in suffixes if all(suffix in paths for paths in folders.values())]
     most = max(everywhere, key=lambda suffix: (suffixes[suffix], suffix), default="")
     return [

@@ -174,7 +174,12 @@ def _with_test(table: pa.Table) -> tuple[pa.Table, list[str]]:
     drawn = pc.any(pc.and_(pc.is_null(table["split"]), pc.is_valid(table["label"]))).as_py()
     if "test" in named or not {"train", "val"} <= named or drawn:
         return table, []
-    splits = pc.if_else(pc.equal(table["split"], "val").fill_null(False), "test", table["split"])
+    val = pc.equal(table["split"], "val").fill_null(False)
+    if table["label"].null_count < table.num_rows and not pc.any(table.filter(val)["label"].is_valid()).as_py():
+        return table, [
+            "val has no labels, so it is not taken as test; leave it out with ingest.exclude, or list labels"
+        ]
+    splits = pc.if_else(val, "test", table["split"])
     said = "there is val but no test, so val is taken as test, and a new val is drawn from train by ingest.val_fraction"
     return table.set_column(table.column_names.index("split"), "split", splits), [said]
 
