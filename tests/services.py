@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httptools
+import httpx
 import numpy as np
 import uvicorn
 from PIL import Image
@@ -169,3 +170,13 @@ class Wire:
 
     def on_message_complete(self):
         self.answers.append((self.parser.get_status_code(), *self._begun))
+
+
+def client(url, **options):
+    """A client of the service at `url`."""
+    return httpx.Client(base_url=url, trust_env=False, timeout=30, **options)
+
+
+def files_of(*images):
+    """The files of a form, one per image."""
+    return [("files", (f"{i}.png", image)) for i, image in enumerate(images)]

@@ -2,12 +2,12 @@ import os
 import platform
 import re
 import signal
-import zlib
 from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
+from photos import fill, picture
 from PIL import Image
 
 from barlow import ingest, scan, validate
@@ -31,19 +31,6 @@ def read(smoke, change):
         return {row["path"]: row for row in manifest.read().to_pylist()}
 
     return read
-
-
-def picture(seed, kind="PNG"):
-    noise = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)
-    return images.encode(Image.fromarray(noise), kind)
-
-
-def fill(root, seeds, *folders):
-    for folder in folders or ("cat", "dog"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        for seed in seeds:
-            (root / folder / f"{seed}.png").write_bytes(picture(zlib.crc32(f"{folder}{seed}".encode())))
-    return root
 
 
 def splits(rows):

@@ -1,13 +1,11 @@
 import os
 import shutil
-import zlib
 
-import numpy as np
 import pytest
-from PIL import Image
+from photos import fill, picture
 
 from barlow import ingest, scan
-from barlow.core import files, images
+from barlow.core import files
 from barlow.core.errors import UserError
 from barlow.data import facts
 
@@ -16,19 +14,6 @@ from barlow.data import facts
 def inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(facts, "CHUNK", 1000)  # in this process
-
-
-def picture(seed, kind="PNG"):
-    noise = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)
-    return images.encode(Image.fromarray(noise), kind)
-
-
-def fill(root, seeds, *folders):
-    for folder in folders or ("cat", "dog"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        for seed in seeds:
-            (root / folder / f"{seed}.png").write_bytes(picture(zlib.crc32(f"{folder}{seed}".encode())))
-    return root
 
 
 def test_scan_changes_only_with_the_files(tmp_path, smoke, change):

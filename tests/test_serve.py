@@ -9,28 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from services import Wire, figure, free_port, hosting, png, start, until
+from services import Wire, client, figure, files_of, free_port, hosting, png, start, until
 
 from barlow import cli
 from barlow.serving.app import app
 
 HEAVY = ("torch", "torchvision", "nvidia", "dvc", "prefect", "pandas", "pyarrow", "great_expectations", "onnx", "yaml")
-
-
-def client(url, **options):
-    return httpx.Client(base_url=url, trust_env=False, timeout=30, **options)
-
-
-@pytest.fixture
-def service(tmp_path, mean_onnx):
-    """A client of the application in a thread of this process."""
-    model = mean_onnx(tmp_path / "encoder.onnx", ["r", "g", "b"])
-    with hosting(app(model, tmp_path)) as port, client(f"http://127.0.0.1:{port}") as connected:
-        yield connected
-
-
-def files_of(*images):
-    return [("files", (f"{i}.png", image)) for i, image in enumerate(images)]
 
 
 def test_a_process_is_ready_soon_and_says_where(tmp_path, mean_onnx):

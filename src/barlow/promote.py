@@ -125,16 +125,15 @@ def _complete(documents: dict[str, dict[str, Any]]) -> None:
             if isinstance(value, float) and not math.isfinite(value):
                 raise GateError(f"{key} in {files.REPORTS / stage}.json is {value}")
     try:
-        for stage, kind in {"validate": Validation, "evaluate": Evaluation, "export": Exporting}.items():
-            figures.build(kind, documents[stage], f"{files.REPORTS / stage}.json")
+        figures.build(Validation, documents["validate"], str(files.VALIDATION))
+        evaluation = figures.build(Evaluation, documents["evaluate"], str(files.EVALUATION))
+        figures.build(Exporting, documents["export"], str(files.EXPORTING))
     except UserError as error:
         raise GateError(str(error)) from None
-    for stage, keys in {"pretrain": ("loss",), "evaluate": ("encoders", "pretrained")}.items():
-        value = documents[stage]
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is None:
-            raise GateError(f"{files.REPORTS / stage}.json has no {'.'.join(keys)}; run `dvc repro`")
+    if figures.leaves(documents["pretrain"]).get("loss") is None:
+        raise GateError(f"{files.PRETRAINING} has no loss; run `dvc repro`")
+    if "pretrained" not in evaluation.encoders:
+        raise GateError(f"{files.EVALUATION} has no encoders.pretrained; run `dvc repro`")
 
 
 def _add(params: Params, registry: Registry, decision: dict[str, Any]) -> Version:

@@ -5,6 +5,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 import yaml
@@ -155,17 +156,7 @@ def test_a_digest_tells_pixels_and_shapes_apart():
 
 
 def test_exif_orientation():
-    upright = {  # EXIF 2.3, 4.6.4: the stored pixels, upright
-        1: lambda a: a,
-        2: np.fliplr,
-        3: lambda a: np.rot90(a, 2),
-        4: np.flipud,
-        5: lambda a: a.transpose(1, 0, 2),
-        6: lambda a: np.rot90(a, -1),
-        7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
-        8: np.rot90,
-    }
-    for orientation, turn in upright.items():
+    for orientation, turn in hostile.TURNS.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
         decoded = images.decode(encode(Image.fromarray(RGB), exif=exif))

@@ -2,11 +2,10 @@ import base64
 import re
 from html.parser import HTMLParser
 
-import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from services import encoded, figure, hosting, png, start
+from services import client, encoded, figure, files_of, hosting, png, start
 
 from barlow import __version__
 from barlow.core.errors import UserError
@@ -26,20 +25,12 @@ class Links(HTMLParser):
         self.links += [value for name, value in attributes if name in ("src", "href", "action", "srcset", "data")]
 
 
-def client(url, **options):
-    return httpx.Client(base_url=url, trust_env=False, timeout=30, **options)
-
-
 @pytest.fixture
 def service(tmp_path, mean_onnx):
     """A client of the application in a thread of this process."""
     model = mean_onnx(tmp_path / "encoder.onnx", ["r", "g", "b"])
     with hosting(app(model, tmp_path)) as port, client(f"http://127.0.0.1:{port}") as connected:
         yield connected
-
-
-def files_of(*images):
-    return [("files", (f"{i}.png", image)) for i, image in enumerate(images)]
 
 
 def test_the_page_may_load_nothing_from_elsewhere(service):
