@@ -22,7 +22,7 @@ from barlow import export
 from barlow.core import files, provenance
 from barlow.encoder import quantize
 from barlow.encoder.encoder import Encoder
-from barlow.settings import params
+from barlow.settings import loading
 from barlow.training import model
 
 ROUNDS = 7
@@ -69,7 +69,7 @@ def measure(calls, pixels, repeat):
 
 def main() -> None:
     print(provenance.hardware())
-    settings = params.load()
+    settings = loading.load()
     torch.set_num_threads(files.cpus())
     for name, network in networks(settings):
         side = network.encoder.size

@@ -39,7 +39,7 @@ from barlow.core.images import decode
 from barlow.data import synthetic
 from barlow.encoder import quantize
 from barlow.encoder.encoder import Encoder
-from barlow.settings import params
+from barlow.settings import loading
 from barlow.training import model
 
 HERE = Path(__file__).parent
@@ -282,7 +282,7 @@ def main() -> None:
         endure(arguments.reloads, arguments.soak)
         return
     with tempfile.TemporaryDirectory() as folder:
-        for network in networks(params.load(), Path(folder)):
+        for network in networks(loading.load(), Path(folder)):
             compare(*network)
 
 

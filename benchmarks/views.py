@@ -20,7 +20,7 @@ import pictures
 import rounds
 
 from barlow.core import provenance
-from barlow.settings import params
+from barlow.settings import loading, params
 from barlow.training.views import TwinViews, pairs
 
 
@@ -61,7 +61,7 @@ def effect(whole, shrunk, views: params.Views, n: int) -> str:
 
 if __name__ == "__main__":
     print(provenance.hardware())
-    settings = params.load(Path(__file__).parent.parent / "params.yaml").views
+    settings = loading.load(Path(__file__).parent.parent / "params.yaml").views
     small = replace(settings, size=32, crop_area=(0.08, 1.0), grayscale=0.2, blur_sigma=(0.1, 2.0))
     large = replace(small, size=224)
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from barlow import pretrain
-from barlow.settings import params  # imported once, for all the processes that are killed
+from barlow.settings import loading  # imported once, for all the processes that are killed
 
 ENCODER = Path("models/encoder.safetensors")
 
@@ -24,7 +24,7 @@ ENCODER = Path("models/encoder.safetensors")
 def stage(stdout: int) -> None:
     """Run the stage, which says what it says to `stdout`."""
     os.dup2(stdout, 1)
-    pretrain.run(params.load())
+    pretrain.run(loading.load())
 
 
 def start() -> tuple[BaseProcess, str]:

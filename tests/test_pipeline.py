@@ -127,7 +127,7 @@ def test_a_new_key_in_promote_runs_nothing(project):
     before = [(path, path.read_text()) for path in (schema, params)]
     schema.write_text(schema.read_text().replace("    registry: str\n", "    registry: str\n    hours: Count\n"))
     params.write_text(params.read_text().replace("promote:", "promote:\n  hours: 3\n", 1))
-    assert python(project, "from barlow.settings import params; print(params.load().promote.hours)").strip() == "3"
+    assert python(project, "from barlow.settings import loading; print(loading.load().promote.hours)").strip() == "3"
     assert run(project, "dvc", "status").strip() == "Data and pipelines are up to date."
     for path, text in before:
         path.write_text(text)

@@ -6,7 +6,7 @@ import yaml
 
 from barlow import preset
 from barlow.core.errors import UserError
-from barlow.settings import params, strict
+from barlow.settings import loading, strict
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def test_a_preset_is_merged_and_valid(name):
     before = strict.read_yaml("params.yaml")
     preset.run(name)
     after, overlay = strict.read_yaml("params.yaml"), strict.read_yaml(f"presets/{name}.yaml")
-    params.load()
+    loading.load()
     for section, values in before.items():
         for key, value in values.items():
             wanted = overlay.get(section, {}).get(key, value)

@@ -88,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if command in READS_PARAMS:
-            from barlow.settings import params  # here, since the serving image has no YAML reader
+            from barlow.settings import loading  # here, since the serving image has no YAML reader
 
-            arguments["params"] = params.load()
+            arguments["params"] = loading.load()
         importlib.import_module(f"barlow.{command}").run(**arguments)
     except (UserError, DataError, Interrupted, GateError) as error:
         print(f"barlow {command}: {error}", file=sys.stderr)

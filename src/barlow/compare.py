@@ -18,7 +18,7 @@ from barlow.core.errors import UserError
 from barlow.evaluation.figures import document, leaves
 from barlow.experiments import runs
 from barlow.reporting import charts, pages
-from barlow.settings.params import PARAMS
+from barlow.settings.loading import PARAMS
 
 PAGE = files.REPORTS / "compare.html"
 OF_MANY_RUNS = {"claims", "seeds"}  # JSON files about more than one run

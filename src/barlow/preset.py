@@ -8,7 +8,7 @@ from typing import Any
 
 from barlow.core import files
 from barlow.core.errors import UserError
-from barlow.settings import params, strict
+from barlow.settings import loading, strict
 
 FOLDER = Path("presets")
 
@@ -22,24 +22,25 @@ def run(name: str) -> None:
     known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     if name not in known:
         raise UserError(f"preset {name!r} is not in {FOLDER}/; there are: {', '.join(known) or 'none'}")
-    params.load()
+    loading.load()
     from ruamel.yaml import YAML  # here, since `merge` works without it
 
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 120
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
-    document = yaml.load(params.PARAMS)
+    document = yaml.load(loading.PARAMS)
     overlay = strict.read_yaml(FOLDER / f"{name}.yaml")
     if not isinstance(overlay, dict):
         raise UserError(f"{FOLDER / name}.yaml holds no sections of `key: value` lines")
     changes = list(merge(document, overlay, ""))
-    with files.replacing(params.PARAMS) as temporary:
+    with files.replacing(loading.PARAMS) as temporary:
         yaml.dump(document, temporary)
         try:
-            params.load(temporary)
+            loading.load(temporary)
         except UserError as error:
-            raise UserError(str(error).replace(str(temporary), f"with {FOLDER / name}.yaml, {params.PARAMS}")) from None
+            text = str(error).replace(str(temporary), f"with {FOLDER / name}.yaml, {loading.PARAMS}")
+            raise UserError(text) from None
     print("\n".join(changes) or f"params.yaml already has every value of {name}")
 
 

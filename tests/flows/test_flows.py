@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from barlow import promote
-from barlow.settings import params
+from barlow.settings import loading
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -201,7 +201,7 @@ class Box:
         shutil.copytree(self.project / "prepared" / name, self.project, dirs_exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.project)
-            promote.run(params.load())
+            promote.run(loading.load())
 
     def release(self):
         (self.project / "control/hold").unlink()

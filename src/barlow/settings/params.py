@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import attrgetter
-from pathlib import Path
 from typing import Annotated, Literal
 
-from barlow.core.errors import UserError
-from barlow.settings.strict import Above0, Count, Fraction, NonNegative, Positive, Range, Share, build, read_yaml
+from barlow.settings.strict import Above0, Count, Fraction, NonNegative, Positive, Range, Share
 
-PARAMS = Path("params.yaml")
 FractionPair = tuple[Fraction, Fraction]
 PositivePair = tuple[Above0, Above0]
 Ablation = Literal["normalisation", "invariance", "stop-gradient"]
@@ -228,23 +224,3 @@ class Params:
     report: Report
     promote: Promote
     drift: Drift
-
-
-def load(path: Path | str = PARAMS) -> Params:
-    """Read and check a params file.
-
-    Raises:
-        UserError: the file is missing or not YAML, a key is unknown or missing, or a value is not allowed.
-    """
-    params: Params = build(Params, read_yaml(path), str(path))
-    for key in ("views.crop_area", "views.crop_ratio", "views.blur_sigma", "validate.brightness"):
-        low, high = attrgetter(key)(params)
-        if low > high:
-            raise UserError(f"{path}: {key}=[{low}, {high}] is not in ascending order; write [{high}, {low}]")
-    if (held_out := params.ingest.val_fraction + params.ingest.test_fraction) >= 1:
-        text = f"ingest.val_fraction + ingest.test_fraction is {held_out:g}, which leaves no images to train on"
-        raise UserError(f"{path}: {text}; lower one of them")
-    if (p := params.pretrain).warmup_epochs >= p.epochs:
-        text = f"pretrain.warmup_epochs={p.warmup_epochs:g} is not below pretrain.epochs={p.epochs}"
-        raise UserError(f"{path}: {text}, so the learning rate would never reach its peak; lower it")
-    return params

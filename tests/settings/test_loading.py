@@ -1,0 +1,118 @@
+import copy
+
+import pytest
+import yaml
+
+from barlow.core.errors import UserError
+from barlow.settings import loading
+
+
+@pytest.fixture
+def document(request):
+    return yaml.safe_load((request.config.rootpath / "params.yaml").read_text())
+
+
+def load(tmp_path, document):
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return loading.load(path)
+
+
+def test_the_shipped_file_is_read(tmp_path, document):
+    loaded = load(tmp_path, document)
+    assert loaded.pretrain.lambd == document["pretrain"]["lambd"]
+    assert loaded.views.blur == tuple(document["views"]["blur"])
+    assert loaded.shard.max_side is None
+
+
+@pytest.mark.parametrize("key", ["checkpoint_steps", "knn_epochs", "processes"])
+@pytest.mark.parametrize("value", [None, 1, 500])
+def test_what_may_be_left_out_is_null_or_a_number(tmp_path, document, key, value):
+    document["pretrain"][key] = value
+    assert getattr(load(tmp_path, document).pretrain, key) == value
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("pretrain", "epochs", 0, "pretrain.epochs=0 is not allowed; it must be at least 1"),
+        ("pretrain", "epochs", 1.5, "pretrain.epochs=1.5 is not allowed; it must be a whole number"),
+        ("pretrain", "epochs", True, "pretrain.epochs=True"),
+        ("pretrain", "momentum", 1.5, "pretrain.momentum=1.5 is not allowed; it must be from 0 to 1"),
+        ("pretrain", "lambd", "5e-3", "write 1.0e-6"),
+        ("pretrain", "lambd", float("nan"), "pretrain.lambd=nan is not allowed; it must be a number"),
+        ("model", "arch", "resnet81", "did you mean resnet18?"),
+        ("views", "blur", [0.5], "views.blur=[0.5] is not allowed; it must be a list of 2 values"),
+        ("views", "blur", [0.5, 2], "views.blur[1]=2 is not allowed; it must be from 0 to 1"),
+        ("views", "crop_area", [1.0, 0.3], "views.crop_area=[1.0, 0.3] is not in ascending order; write [0.3, 1.0]"),
+        ("model", "projector", [], "model.projector=[] is not allowed; it must be a list of at least one value"),
+        ("ingest", "source", "", "ingest.source='' is not allowed; it must be a text that is not empty"),
+        (
+            "pretrain",
+            "warmup_epochs",
+            6,
+            "warmup_epochs=6 is not below pretrain.epochs=6, so the learning rate would never",
+        ),
+        ("ingest", "test_fraction", 0.97, "is 1.02, which leaves no images to train on; lower one of them"),
+        ("pretrain", "compile", 1, "pretrain.compile=1 is not allowed; it must be true or false"),
+        ("pretrain", "compile", "yes", "pretrain.compile='yes' is not allowed; it must be true or false"),
+        ("pretrain", "compile", None, "pretrain.compile=None is not allowed; it must be true or false"),
+        ("pretrain", "checkpoint_steps", 0, "pretrain.checkpoint_steps=0 is not allowed; it must be at least 1"),
+        (
+            "pretrain",
+            "checkpoint_steps",
+            2.5,
+            "pretrain.checkpoint_steps=2.5 is not allowed; it must be a whole number",
+        ),
+        ("pretrain", "knn_epochs", 0, "pretrain.knn_epochs=0 is not allowed; it must be at least 1"),
+        ("pretrain", "processes", 0, "pretrain.processes=0 is not allowed; it must be at least 1"),
+        ("pretrain", "min_std", -0.1, "pretrain.min_std=-0.1 is not allowed; it must be from 0 to 1"),
+        ("pretrain", "max_correlation", 1.1, "pretrain.max_correlation=1.1 is not allowed; it must be from 0 to 1"),
+        ("pretrain", "epoch", 3, "pretrain.epoch=3 is not a known key; the nearest is pretrain.epochs"),
+    ],
+)
+def test_an_impossible_value_is_one_line(tmp_path, document, section, key, value, message):
+    document[section][key] = value
+    with pytest.raises(UserError) as error:
+        load(tmp_path, document)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "params.yaml" in str(error.value)
+
+
+def test_every_missing_key_is_named(tmp_path, document):
+    for section, keys in document.items():
+        for key in keys:
+            broken = copy.deepcopy(document)
+            del broken[section][key]
+            with pytest.raises(UserError, match=rf"{section}\.{key} is missing"):
+                load(tmp_path, broken)
+
+
+def test_a_missing_section_and_a_section_that_is_none(tmp_path, document):
+    with pytest.raises(UserError, match="views is missing"):
+        load(tmp_path, {name: value for name, value in document.items() if name != "views"})
+    with pytest.raises(UserError, match="views=None"):
+        load(tmp_path, document | {"views": None})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("a: [", "not valid YAML"), ("", "the file=None"), ("- 1", r"the file=\[1\]")]
+)
+def test_a_file_that_is_no_mapping(tmp_path, content, message):
+    path = tmp_path / "params.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        loading.load(path)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match="run from the project's root"):
+        loading.load(tmp_path / "params.yaml")
+
+
+def test_the_old_name_of_a_section_is_told_with_its_new_one(tmp_path, request):
+    text = (request.config.rootpath / "params.yaml").read_text().replace("ingest:\n", "data:\n", 1)
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"params\.yaml: data is called ingest now; rename it$"):
+        loading.load(tmp_path / "params.yaml")
