@@ -611,7 +611,8 @@ def fast_loss(bench: Bench) -> Iterator[Figure]:
 @step
 def fast_optimizer(bench: Bench) -> Iterator[Figure]:
     """LARS on ResNet-18 and its projector: time and launches per step."""
-    network = model.BarlowTwins(settings(bench, "cifar10").model).to(bench.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    p = settings(bench, "cifar10")
+    network = model.BarlowTwins(p.model, p.views.size).to(bench.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     for w in network.parameters():
         w.grad = torch.randn_like(w)
     groups = [[w for w in network.parameters() if (w.ndim > 1) is wide] for wide in (True, False)]

@@ -68,7 +68,7 @@ def official() -> Iterator[Iterator[None]]:
 
     p, paths = settings(), sorted(Path("images").rglob("*.jpg"))
     torch.manual_seed(0)
-    network = model.BarlowTwins(p.model)
+    network = model.BarlowTwins(p.model, p.views.size)
     loss_of = official.Loss(network.dim, p.pretrain.lambd)
     optimizer = official.LARS(network.parameters(), 0.1, p.pretrain.weight_decay)
 

@@ -56,7 +56,7 @@ def views(n, size, device=CUDA):
 def test_a_cpu_view_does_not_go_into_a_network_on_a_gpu(gpu, smoke):
     """What all other tests here rely on."""
     with gpu:
-        network = model.BarlowTwins(smoke.model).to(CUDA)
+        network = model.BarlowTwins(smoke.model, smoke.views.size).to(CUDA)
         with pytest.raises(RuntimeError, match=MIXED):
             network(views(4, 24), views(4, 24, CPU))
         with pytest.raises(RuntimeError, match=MIXED):
@@ -65,7 +65,7 @@ def test_a_cpu_view_does_not_go_into_a_network_on_a_gpu(gpu, smoke):
 
 def test_two_views_give_embeddings_there(gpu, smoke):
     with gpu:
-        network = model.BarlowTwins(smoke.model).to(CUDA, memory_format=torch.channels_last)
+        network = model.BarlowTwins(smoke.model, smoke.views.size).to(CUDA, memory_format=torch.channels_last)
         z_a, z_b = network(views(4, 24), views(4, 24))
     assert z_a.shape == z_b.shape == (4, network.dim)
     assert z_a.device == z_b.device == CUDA
@@ -83,7 +83,7 @@ def test_the_loss_and_what_is_measured_of_the_embeddings(gpu, n, dim, dtype, abl
 
 def test_a_step_of_lars(gpu, smoke):
     with gpu:
-        network = model.BarlowTwins(smoke.model).to(CUDA)
+        network = model.BarlowTwins(smoke.model, smoke.views.size).to(CUDA)
         optimizer = LARS(network.parameters(), 0.1)
         for _ in range(2):
             for parameter in network.parameters():
@@ -97,7 +97,9 @@ def test_the_online_knn(gpu, project, smoke, change, monkeypatch):
     compared = []
     monkeypatch.setattr(probe, "accuracy", lambda found, labels: compared.append((found == labels).shape) or 50.0)
     with gpu:
-        run = SimpleNamespace(device=CUDA, step=3, epoch_steps=3, network=model.BarlowTwins(smoke.model).to(CUDA))
+        run = SimpleNamespace(
+            device=CUDA, step=3, epoch_steps=3, network=model.BarlowTwins(smoke.model, smoke.views.size).to(CUDA)
+        )
         assert pretrain.online_knn(run, change(smoke, "pretrain", knn_epochs=1)) == {"knn_val_top1": 50.0}
     assert compared == [(30,)]
 

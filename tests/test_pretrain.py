@@ -206,7 +206,7 @@ def test_every_process_takes_part_in_knn(smoke, change, monkeypatch):
     """Those that do not would wait in the next step's collective, which gives up after a while."""
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(features, "knn_on_val", lambda encoder, device: {"knn_val_top1": 50.0})
-    network = model.BarlowTwins(smoke.model)
+    network = model.BarlowTwins(smoke.model, smoke.views.size)
     run = SimpleNamespace(step=3, epoch_steps=3, network=network, device=torch.device("cpu"))
     assert pretrain.online_knn(run, change(smoke, "pretrain", knn_epochs=1)) == {"knn_val_top1": 50.0}
 

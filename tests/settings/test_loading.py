@@ -42,6 +42,9 @@ def test_what_may_be_left_out_is_null_or_a_number(tmp_path, document, key, value
         ("pretrain", "lambd", "5e-3", "write 1.0e-6"),
         ("pretrain", "lambd", float("nan"), "pretrain.lambd=nan is not allowed; it must be a number"),
         ("model", "arch", "resnet81", "did you mean resnet18?"),
+        ("model", "arch", "vit_tiny_patch16_224", "must be one of resnet10, resnet18, resnet34, resnet50, timm:*"),
+        ("model", "arch", 18, "model.arch=18 is not allowed; it must be a text that is not empty; put it in quotes"),
+        ("model", "arch", "timm:test_vit", "model.arch=timm:test_vit has a stem of its own; set model.stem: imagenet"),
         ("views", "blur", [0.5], "views.blur=[0.5] is not allowed; it must be a list of 2 values"),
         ("views", "blur", [0.5, 2], "views.blur[1]=2 is not allowed; it must be from 0 to 1"),
         ("views", "crop_area", [1.0, 0.3], "views.crop_area=[1.0, 0.3] is not in ascending order; write [0.3, 1.0]"),
@@ -78,6 +81,15 @@ def test_an_impossible_value_is_one_line(tmp_path, document, section, key, value
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert "params.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "a wrong name, which pretrain tells"])
+def test_a_model_of_timm_has_no_settings_of_the_resnets(tmp_path, document, name):
+    document["model"] |= {"arch": f"timm:{name}", "stem": "imagenet"}
+    assert load(tmp_path, document).model.arch == f"timm:{name}"
+    document["model"]["zero_init_residual"] = True
+    with pytest.raises(UserError, match=f"not for model.arch=timm:{name}; set it to false"):
+        load(tmp_path, document)
 
 
 def test_every_missing_key_is_named(tmp_path, document):

@@ -21,12 +21,14 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from barlow.core import images, webdataset
 from barlow.encoder.encoder import Pixels
 
+LINEAR = ("Conv", "MatMul", "Gemm")  # operators with weights
+
 
 def int8(source: Path, target: Path, calibration_images: int) -> None:
-    """Quantise the convolutions: uint8 activations, int8 weights per channel, in QDQ form.
+    """Quantise convolutions and products of matrices: uint8 activations, int8 weights per channel, in QDQ form.
 
-    Ranges are the smallest and largest activations on `calibration_images` images, held-out ones first (Jacob et al.,
-    arXiv 1712.05877).
+    The head that gives the logits stays as it is. Ranges are the smallest and largest activations on
+    `calibration_images` images, held-out ones first (Jacob et al., arXiv 1712.05877).
     """
     samples = webdataset.read(tar for split in ("val", "train", "pretrain") for tar in webdataset.tars(split))
     pictures = (images.decode(sample.data) for sample in itertools.islice(samples, calibration_images))
@@ -36,6 +38,10 @@ def int8(source: Path, target: Path, calibration_images: int) -> None:
         logging.disable(logging.WARNING)
         try:
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+            nodes = onnx.load(prepared).graph.node
+            # Sums between convolutions are cheaper in int8. A transformer's need more than 256 levels: few channels
+            # have activations far larger than the others'.
+            sums = [] if any(node.op_type == "MatMul" for node in nodes) else ["Add"]
             quantization.quantize_static(
                 str(prepared),
                 str(target),
@@ -43,7 +49,8 @@ def int8(source: Path, target: Path, calibration_images: int) -> None:
                 quant_format=quantization.QuantFormat.QDQ,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
-                op_types_to_quantize=["Conv", "Add", "Relu", "MaxPool"],
+                op_types_to_quantize=[*LINEAR, "Relu", "MaxPool", *sums],
+                nodes_to_exclude=[node.name for node in nodes if "logits" in node.output],
                 per_channel=True,
             )
         finally:
@@ -55,7 +62,8 @@ def fp16(source: Path, target: Path, _: int) -> None:
     """Convert weights and activations to 16-bit floats, except where sums of 8-bit values need the range."""
     proto = onnx.load(source)
     operators = [node.op_type for node in proto.graph.node]
-    preprocessing = [node.name for node in proto.graph.node[: operators.index("Conv")]]
+    first = min(operators.index(name) for name in LINEAR if name in operators)  # of the network itself
+    preprocessing = [node.name for node in proto.graph.node[:first]]
     converted = OnnxModel(convert_float_to_float16(proto, keep_io_types=True, node_block_list=preprocessing))
     converted.topological_sort()  # the conversion adds its casts at the end
     _label(converted.model, "fp16", target)

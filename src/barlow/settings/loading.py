@@ -6,7 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from barlow.core.errors import UserError
-from barlow.settings.params import Params
+from barlow.settings.params import TIMM, Params
 from barlow.settings.strict import build, read_yaml
 
 PARAMS = Path("params.yaml")
@@ -27,6 +27,13 @@ def load(path: Path | str = PARAMS) -> Params:
     if (held_out := params.ingest.val_fraction + params.ingest.test_fraction) >= 1:
         text = f"ingest.val_fraction + ingest.test_fraction is {held_out:g}, which leaves no images to train on"
         raise UserError(f"{path}: {text}; lower one of them")
+    if (m := params.model).arch.startswith(TIMM):
+        if m.stem != "imagenet":
+            text = f"model.stem={m.stem} is for resnet10 to resnet50, and model.arch={m.arch} has a stem of its own"
+            raise UserError(f"{path}: {text}; set model.stem: imagenet")
+        if m.zero_init_residual:
+            text = f"model.zero_init_residual=true is for resnet10 to resnet50, not for model.arch={m.arch}"
+            raise UserError(f"{path}: {text}; set it to false")
     if (p := params.pretrain).warmup_epochs >= p.epochs:
         text = f"pretrain.warmup_epochs={p.warmup_epochs:g} is not below pretrain.epochs={p.epochs}"
         raise UserError(f"{path}: {text}, so the learning rate would never reach its peak; lower it")

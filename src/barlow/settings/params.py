@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from barlow.settings.strict import Above0, Count, Fraction, NonNegative, Positive, Range, Share
+from barlow.settings.strict import Above0, Count, Fraction, NonNegative, OneOf, Positive, Range, Share
 
 FractionPair = tuple[Fraction, Fraction]
 PositivePair = tuple[Above0, Above0]
+TIMM = "timm:"  # how `model.arch` of a model of timm begins
 Ablation = Literal["normalisation", "invariance", "stop-gradient"]
 
 
@@ -91,7 +92,7 @@ class Views:
 class Model:
     """The network: backbone and projector."""
 
-    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"]
+    arch: Annotated[str, OneOf("resnet10", "resnet18", "resnet34", "resnet50", f"{TIMM}*")]
     stem: Literal["imagenet", "small", "stride"]
     projector: tuple[Positive, ...]
     zero_init_residual: bool

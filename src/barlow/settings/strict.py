@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -27,6 +28,13 @@ class Range:
         if self.high == float("inf"):
             return f"at least {self.low:g}"
         return f"from {self.low:g} to {self.high:g}"
+
+
+class OneOf:
+    """Names that a text may have; a `*` stands for any letters."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
 
 
 Count = Annotated[int, Range(0)]
@@ -64,8 +72,8 @@ def build(kind: Any, value: Any, file: str, key: str = "") -> Any:
     """Check `value`, as YAML or JSON gives it, against an annotation, and return it as that type.
 
     Args:
-        kind: a dataclass, int, float, bool, str, Any, Literal, Annotated with a Range, tuple, dict[str, ...] or
-            X | None.
+        kind: a dataclass, int, float, bool, str, Any, Literal, Annotated with a Range or OneOf, tuple,
+            dict[str, ...] or X | None.
         value: what the file holds; a list becomes a tuple, a section a dataclass or a dict.
         file: the file's name, for messages.
         key: the value's dotted name, for messages; empty for the whole file.
@@ -80,15 +88,14 @@ def build(kind: Any, value: Any, file: str, key: str = "") -> Any:
         return _build_dataclass(kind, value, file, key)
     if origin is Annotated and typing.get_origin(arguments[0]) is tuple:  # Annotated[tuple[...], "may be empty"]
         return () if value == [] else build(arguments[0], value, file, key)
+    if origin is Annotated and isinstance(arguments[1], OneOf):
+        return _one_of(arguments[1].names, build(arguments[0], value, file, key), file, key)
     if origin is Annotated:
         number, bounds = build(arguments[0], value, file, key), arguments[1]
         _require(bounds.low <= number <= bounds.high, file, key, value, str(bounds))
         return number
     if origin is Literal:
-        close = difflib.get_close_matches(str(value), arguments, 1, 0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        _require(value in arguments, file, key, value, f"one of {', '.join(arguments)}{hint}")
-        return value
+        return _one_of(arguments, value, file, key)
     if origin is tuple:
         count = None if arguments[-1] is Ellipsis else len(arguments)
         wanted = f"a list of {count} values" if count else "a list of at least one value"
@@ -120,6 +127,14 @@ def _build_dataclass(kind: Any, value: Any, file: str, key: str) -> Any:
             keys = ", ".join(hints)
             raise UserError(f"{file}: {_dotted(key, name)} is missing; the keys of {key or 'the file'} are {keys}")
     return kind(**{name: build(hint, value[name], file, _dotted(key, name)) for name, hint in hints.items()})
+
+
+def _one_of(names: Sequence[str], value: Any, file: str, key: str) -> Any:
+    close = difflib.get_close_matches(str(value), names, 1, 0.5)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    passed = isinstance(value, str) and any(fnmatch.fnmatchcase(value, name) for name in names)
+    _require(passed, file, key, value, f"one of {', '.join(names)}{hint}")
+    return value
 
 
 def _dotted(key: str, name: str) -> str:

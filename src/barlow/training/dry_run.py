@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from barlow.settings.params import Params
+from barlow.settings.params import TIMM, Params
 from barlow.training import distributed, model
 from barlow.training.loss import barlow_twins_loss, form
 from barlow.training.state import Training
@@ -48,8 +48,9 @@ def describe(params: Params) -> str:
     last = run.rates(run.total_steps - 1)[0]
     epoch = timedelta(seconds=round(seconds * local * run.epoch_steps))
     whole = timedelta(seconds=round(seconds * local * run.total_steps))
+    stem = "" if m.arch.startswith(TIMM) else f"{m.stem} stem, "
     lines = {
-        "model": f"{m.arch}, {m.stem} stem, {parameters['backbone']:,} parameters",
+        "model": f"{m.arch}, {stem}{parameters['backbone']:,} parameters",
         "projector": f"{'-'.join(map(str, m.projector))}, {parameters['projector']:,} parameters",
         "steps": f"{run.total_steps:,}: {p.epochs} epochs of {run.epoch_steps:,}, of {p.batch_size} images each",
         "processes": f"{processes} on {device.type}, {local} images each, {'bf16' if bf16 else 'fp32'}",

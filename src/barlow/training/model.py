@@ -1,4 +1,4 @@
-"""The network: a torchvision ResNet, a projector without biases, and the frozen encoder of evaluation and export."""
+"""The network: backbone, a projector without biases, and the frozen encoder of evaluation and export."""
 
 from __future__ import annotations
 
@@ -10,33 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models import resnet
 
 from barlow.core import files
 from barlow.core.weights import load_weights
 from barlow.settings import params, strict
 from barlow.training import distributed
+from barlow.training.backbone import backbone
 
 Network = TypeVar("Network", bound=nn.Module)
-LAYERS = {"resnet10": [1, 1, 1, 1], "resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
-
-
-def backbone(model: params.Model) -> resnet.ResNet:
-    """Build a ResNet whose output is the pooled representation, float (batch, 512), or 2048 for resnet50.
-
-    Stems: `imagenet` is torchvision's 7x7 stride 2 with max-pool; `small`, 3x3 stride 1 without pool, is usual for
-    32-px images (SimCLR, appendix B.9); `stride`, 3x3 stride 2, costs a quarter of `small`.
-    """
-    block = resnet.Bottleneck if model.arch == "resnet50" else resnet.BasicBlock
-    network = resnet.ResNet(block, LAYERS[model.arch], zero_init_residual=model.zero_init_residual)
-    if model.stem != "imagenet":
-        stride = {"small": 1, "stride": 2}[model.stem]
-        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-        network.maxpool = nn.Identity()
-    network.dim = network.fc.in_features
-    network.fc = nn.Identity()
-    return network
 
 
 def projector(dim: int, sizes: tuple[int, ...]) -> nn.Sequential:
@@ -50,9 +31,9 @@ def projector(dim: int, sizes: tuple[int, ...]) -> nn.Sequential:
 class BarlowTwins(nn.Module):
     """Backbone and projector, the f of the paper's figure 1; both views go through it in one forward pass."""
 
-    def __init__(self, model: params.Model) -> None:
+    def __init__(self, model: params.Model, size: int) -> None:
         super().__init__()
-        self.backbone = backbone(model)
+        self.backbone = backbone(model, size)
         self.projector = projector(self.backbone.dim, model.projector)
         self.dim = model.projector[-1]
 
@@ -87,14 +68,15 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def synchronised(network: Network, device: torch.device) -> Network:
     """Return the network with batch norms over all processes: torch's on a GPU, the class above on the CPU."""
-    if device.type == "cuda":
-        converted: Network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-        return converted
+    kind = nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                twin = SyncBatchNorm(child.num_features, child.eps, child.momentum)
+                twin = kind(child.num_features, child.eps, child.momentum).to(child.weight.device)
                 twin.load_state_dict(child.state_dict())
+                if hasattr(child, "act"):  # timm's BatchNormAct2d
+                    twin.drop, twin.act = child.drop, child.act
+                    twin.register_forward_hook(lambda norm, _, out: norm.act(norm.drop(out)))
                 setattr(parent, name, twin)
     return network
 
@@ -112,7 +94,7 @@ class FrozenEncoder(nn.Module):
     def __init__(self, model: params.Model, views: params.Views) -> None:
         super().__init__()
         self.size = views.size
-        self.backbone = backbone(model)
+        self.backbone = backbone(model, views.size)
         self.register_buffer("mean", 255 * torch.tensor(views.mean)[:, None, None], persistent=False)
         self.register_buffer("std", 255 * torch.tensor(views.std)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)

@@ -46,7 +46,7 @@ class Training:
         self.epoch_steps = len(self.views)
         self.total_steps = p.epochs * self.epoch_steps
         torch.manual_seed(p.seed)
-        network = model.BarlowTwins(params.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = model.BarlowTwins(params.model, params.views.size).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = model.synchronised(network, device) if world > 1 else network
         if p.compile:
             self.network.compile()
