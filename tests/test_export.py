@@ -18,6 +18,7 @@ from barlow import export
 from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
 from barlow.core.weights import load_weights, save_weights
+from barlow.encoder import quantize
 from barlow.encoder.encoder import Encoder
 from barlow.training import model
 
@@ -198,6 +199,21 @@ def test_every_convolution_of_int8_is_quantised(inside):
         assert activation.op_type == weight.op_type == "DequantizeLinear"
         assert types[activation.input[2]] == onnx.TensorProto.UINT8
         assert types[weight.input[0]] == onnx.TensorProto.INT8
+
+
+def test_a_network_without_convolutions_is_reduced_too(inside, smoke, tmp_path):
+    """The first product of matrices, and nothing before it, is in lower precision."""
+    torch.manual_seed(0)
+    encoder = model.FrozenEncoder(smoke.model, smoke.views)
+    encoder.backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 24 * 24, 8)).requires_grad_(False)
+    full = tmp_path / "full.onnx"
+    export.write(export.Exported(encoder, {}).eval(), {"space": "s", "classes": "[]"}, 18, full)
+    pixels = [images.decode(sample(index, size).data) for index, size in enumerate(SIZES)]
+    wanted = torch.cat([encoder(torch.tensor(image)[None]) for image in pixels]).numpy()
+    for name, make in (("int8", quantize.int8), ("fp16", quantize.fp16)):
+        make(full, tmp_path / f"{name}.onnx", 10)
+        assert (tmp_path / f"{name}.onnx").stat().st_size < 0.7 * full.stat().st_size
+        np.testing.assert_allclose(Encoder(tmp_path / f"{name}.onnx").embed(pixels), wanted, atol=0.03)
 
 
 def test_triton_serves_what_was_exported(inside):

@@ -195,7 +195,7 @@ def test_the_features_are_timms_and_were_measured(piped, wanted):
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
     assert features.load("random", "test").features.shape == found.shape
     assert 0 <= files.read_json(files.PRETRAINING)["knn_val_top1"] <= 100
-    assert files.read_json(files.FINETUNING)["few_labels"]
+    assert files.read_json(files.FINETUNING)["fine_tuned"]
 
 
 @pytest.mark.slow
