@@ -12,8 +12,8 @@ workers, which other load does not distort as much. A recipe's first steps are t
 steps is known before the run, for the cosine; the table has the time that was really taken. Loading and distorting
 images counts; evaluation does not. `--steps` fixes the steps instead. Each run has a process of its own.
 
-Rows go to `--out`, one JSON object per line, and what has a row is not run again: an interrupted call goes on.
-Intervals are 95 %, over seeds and test images.
+Rows go to `--out`, one JSON object per line, and what has a row is not run again: an interrupted call goes on. Without
+`--data` the tables of the rows are printed, and nothing runs. Intervals are 95 %, over seeds and test images.
 """
 
 from __future__ import annotations
@@ -283,6 +283,7 @@ def measure(args: argparse.Namespace) -> None:
                 command = [sys.executable, "-W", "ignore", __file__, "--job", json.dumps(job)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
                 row = job | json.loads(done.stdout.splitlines()[-1])
+                args.out.parent.mkdir(parents=True, exist_ok=True)
                 with args.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(f"{row['setting']}, {row['label']}, seed {row['seed']}: {shown(summary(row))}", flush=True)
@@ -387,7 +388,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-images", type=int, help="test images, at most")
     parser.add_argument("--curve", type=int, default=1, help="evaluations per run, evenly spaced (default: at the end)")
     parser.add_argument("--peer-batch", type=int, help="the peers' batch; their rates follow (default: 128 and 256)")
-    parser.add_argument("--out", type=Path, default=Path("peers.jsonl"), help="rows (default %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "reports/peers.jsonl", help="rows (default reports/peers.jsonl)"
+    )
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.minutes is None and args.cpu_seconds is None and args.steps is None:
