@@ -109,6 +109,11 @@ bench: .venv/installed ## run benchmarks/, each a ratio to what a user would pic
 seeds: .venv/installed ## the headline figures for three seeds, on the shards of the last repro (about 10 minutes)
 	python benchmarks/seeds.py
 
+peers: .venv/installed ## our recipe beside lightly's and solo-learn's, three seeds each: make peers DATA="folder digits" MINUTES=6
+	[ -e .venv-peers/lightly ] || uv pip install --quiet --python .venv/bin/python --target .venv-peers --no-deps \
+	  lightly==1.6.0 lightly-utils==0.0.2 lightning-utilities==0.15.3
+	python benchmarks/peers.py --data $(or $(DATA),digits) --minutes $(or $(MINUTES),6)
+
 gpu: .venv/installed ## everything that wants a GPU, in one run that goes on where it stopped: make gpu CIFAR=archive MINUTES=10
 	python benchmarks/gpu.py --minutes $(or $(MINUTES),30) $(if $(CIFAR),--cifar $(CIFAR)) $(if $(PHOTOS),--photos $(PHOTOS))
 
@@ -131,8 +136,8 @@ flows: .venv/installed ## server, worker and deployments on this machine, until 
 	bash flows/box.sh
 
 clean: ## remove the environment and what the stages wrote; no image folder of yours is touched
-	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache data/raw data/shards data/*.parquet data/.*.parquet \
-	  data/quarantine* data/features models/*.onnx models/*.safetensors models/resume models/reduced models/triton models/index \
+	rm -rf .venv .venv-peers .cache .mypy_cache .ruff_cache .pytest_cache data/raw data/shards data/*.parquet \
+	  data/.*.parquet data/quarantine* data/features models/*.onnx models/*.safetensors models/resume models/reduced models/triton models/index \
 	  reports/pretrain reports/data_docs reports/*.html reports/*.csv
 
-.PHONY: help system setup lock repro test float32 soak check bench seeds gpu record claims serve flows clean wheelhouse
+.PHONY: help system setup lock repro test float32 soak check bench seeds peers gpu record claims serve flows clean wheelhouse
