@@ -46,7 +46,7 @@ def write_weights(params, head=True, seed=0):
         elif name.endswith("running_var"):
             buffer *= 0.5 + torch.rand_like(buffer)
     sections = {name: dataclasses.asdict(getattr(params, name)) for name in ("model", "views", "pretrain")}
-    save_weights(files.ENCODER, encoder.backbone.state_dict(), {**sections, "data": "d1", "steps": 3})
+    save_weights(files.ENCODER, encoder.state_dict(), {**sections, "data": "d1", "steps": 3})
     tensors = {"weight": torch.randn(3, 512), "bias": torch.randn(3)} if head else {}
     save_weights(files.HEAD, tensors, {"classes": CLASSES if head else []})
 
@@ -206,6 +206,7 @@ def test_a_network_without_convolutions_is_reduced_too(inside, smoke, tmp_path):
     torch.manual_seed(0)
     encoder = model.FrozenEncoder(smoke.model, smoke.views)
     encoder.backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 24 * 24, 8)).requires_grad_(False)
+    encoder.whitening = torch.nn.Identity()
     full = tmp_path / "full.onnx"
     export.write(export.Exported(encoder, {}).eval(), {"space": "s", "classes": "[]"}, 18, full)
     pixels = [images.decode(sample(index, size).data) for index, size in enumerate(SIZES)]

@@ -24,7 +24,7 @@ def encoder(project, smoke):
     torch.manual_seed(7)
     encoder = model.FrozenEncoder(smoke.model, smoke.views)
     identity = {"model": dataclasses.asdict(smoke.model), "views": dataclasses.asdict(smoke.views)}
-    save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
+    save_weights(files.ENCODER, encoder.state_dict(), identity)
     return encoder
 
 

@@ -195,7 +195,11 @@ def test_knn_while_it_trains(project, smoke, change, undisturbed, capsys):
 
     frozen, _ = model.load_encoder()
     splits = [list(webdataset.read(webdataset.tars(split))) for split in ("train", "val")]
-    features = [torch.cat([frozen(torch.tensor(images.decode(s.data))[None]) for s in split]) for split in splits]
+
+    def represent(sample):  # while it trains, nothing is whitened
+        return frozen.backbone(frozen.preprocess(torch.tensor(images.decode(sample.data))[None]))
+
+    features = [torch.cat([represent(sample) for sample in split]) for split in splits]
     labels = [[s.label for s in split] for split in splits]
     knn = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.1))
     expected = 100 * knn.fit(features[0], labels[0]).score(features[1], labels[1])
@@ -323,7 +327,7 @@ def assert_close(losses, expected):
 def test_two_processes_are_stopped_and_one_goes_on_along_the_same_curve(project, gentle, gentle_losses, change, capsys):
     with started(change(gentle, "pretrain", processes=2)) as process:
         read_to(process, "4 epochs of 6 steps of 32 on cpu, 2 process(es), fp32, dual loss")
-        read_to(process, "epoch 1/4")
+        read_to(process, "epoch 1/4  loss")
         ranks = children(process.pid)
         assert len(ranks) == 2
         process.terminate()
@@ -350,12 +354,12 @@ def test_torchrun_starts_the_processes_again_and_they_end_as_one_does(
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with started(params, *torchrun) as process:
-        read_to(process, "epoch 1/4")
+        read_to(process, "epoch 1/4  loss")
         os.kill(children(process.pid)[1], signal.SIGKILL)
         said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, Path("stderr").read_text()[-3000:]
     assert re.search(r"^going on from step \d+ of 24$", said, re.MULTILINE)
-    assert said.count("epoch 4/4") == 1  # one of them tells
+    assert said.count("epoch 4/4  loss") == 1  # one of them tells
     report, losses = gentle_alone
     assert_close(curve("loss"), losses)
     # One thread and two differ by 2e-9 in the norm of the weights and by 4e-3 in that of the last step's gradient.

@@ -43,6 +43,7 @@ def run(params: Params) -> None:
     if params.extract.baselines:
         torch.manual_seed(params.extract.seed)
         networks["random"] = model.FrozenEncoder(params.model, params.views).to(device)
+        features.whiten(networks["random"], device)
         side = min(params.views.size, PIXELS)
         features.save("pixels", {split: pixels(split, side) for split in SPLITS})
     for name, network in networks.items():
@@ -63,11 +64,14 @@ def images_of(split: str) -> Iterator[webdataset.Sample]:
 
 
 def health(encoder: model.FrozenEncoder, params: Params, device: torch.device) -> dict[str, Split]:
-    """Return features for the health figures: of up to 2,000 images, and of both views of as many."""
+    """Return representations for the health figures: of up to 2,000 images, and of both views of as many.
+
+    Before the whitening, which would hide how much the backbone tells apart.
+    """
     tars = webdataset.tars("val")
     if webdataset.count(tars) < MIN_HEALTH_IMAGES:
         tars = webdataset.tars("pretrain")
-    whole = features.embed(encoder, islice(webdataset.read(tars), HEALTH_IMAGES), device)
+    whole = features.represent(encoder, islice(webdataset.read(tars), HEALTH_IMAGES), device)
     batch = min(len(whole.keys), CHUNK)
     with torch.inference_mode():
         twins = islice(

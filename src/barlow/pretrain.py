@@ -95,13 +95,15 @@ def train(params: Params, device: torch.device, written: type[Curves] = Curves) 
                     raise Interrupted(f"stopped at step {run.step} of {run.total_steps}; run again to go on from there")
     run.writer.wait()
     if chatty:
-        finish(run)
+        finish(run, params)
 
 
-def finish(run: Training) -> None:
+def finish(run: Training, params: Params) -> None:
     """Write what later stages read, then delete this run's checkpoints, so that a forced run trains again."""
     metadata = run.identity | {"version": __version__, "steps": run.step}
-    save_weights(files.ENCODER, run.network.backbone.state_dict(), metadata)
+    encoder = frozen(run, params)
+    features.whiten(encoder, run.device)
+    save_weights(files.ENCODER, encoder.state_dict(), metadata)
     save_weights(files.CORRELATION, run.correlation, {})
     whole = {"epochs": len(run.history), "seconds": sum(row["seconds"] for row in run.history)}
     where = {"hardware": provenance.hardware(), "processes": distributed.world_size()}
@@ -109,14 +111,19 @@ def finish(run: Training) -> None:
     shutil.rmtree(run.folder, ignore_errors=True)
 
 
+def frozen(run: Training, params: Params) -> model.FrozenEncoder:
+    """Return the encoder as it is now, not whitened."""
+    encoder = model.FrozenEncoder(params.model, params.views).to(run.device)
+    encoder.backbone.load_state_dict(run.network.backbone.state_dict())
+    return encoder
+
+
 def online_knn(run: Training, params: Params) -> dict[str, float]:
     """Return the kNN accuracy on val every `pretrain.knn_epochs` epochs, where there are labels."""
     every, epoch = params.pretrain.knn_epochs, run.step // run.epoch_steps
     if every is None or epoch % every:
         return {}
-    encoder = model.FrozenEncoder(params.model, params.views).to(run.device)
-    encoder.backbone.load_state_dict(run.network.backbone.state_dict())
-    return features.knn_on_val(encoder, run.device)
+    return features.knn_on_val(frozen(run, params), run.device)
 
 
 @contextmanager

@@ -365,6 +365,6 @@ def test_stages_after_pretraining_work_on_that_device(project, smoke, monkeypatc
     monkeypatch.setattr(nn.Module, "to", refuse)
     encoder = model.FrozenEncoder(smoke.model, smoke.views)
     identity = {"model": dataclasses.asdict(smoke.model), "views": dataclasses.asdict(smoke.views)}
-    save_weights(files.ENCODER, encoder.backbone.state_dict(), identity)
+    save_weights(files.ENCODER, encoder.state_dict(), identity)
     with pytest.raises(Asked, match="cuda:1"):
         importlib.import_module(f"barlow.{stage}").run(smoke)

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from sklearn.decomposition import PCA
 from torchvision.transforms import v2
 
 from barlow.core.errors import UserError
@@ -71,7 +72,7 @@ def test_an_encoder_is_rebuilt_from_its_file_alone(smoke, tmp_path):
     encoder = model.FrozenEncoder(smoke.model, smoke.views)
     path = tmp_path / "encoder.safetensors"
     identity = {"model": dataclasses.asdict(smoke.model), "views": dataclasses.asdict(smoke.views)}
-    save_weights(path, encoder.backbone.state_dict(), identity | {"steps": 3})
+    save_weights(path, encoder.state_dict(), identity | {"steps": 3})
     loaded, metadata = model.load_encoder(path)
     images = torch.randint(0, 256, (2, 30, 20, 3), dtype=torch.uint8)
     assert torch.equal(loaded(images), encoder(images))
@@ -115,3 +116,48 @@ def test_bf16_is_not_automatic_where_onednn_would_emulate_it(monkeypatch, held, 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
     assert model.computes_bf16("auto", torch.device("cpu")) is native
+
+
+def representations(n=500, dim=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, dim, generator=generator) @ torch.randn(dim, dim, generator=generator) + 5
+
+
+def fitted(x):
+    whitening = model.Whitening(x.shape[1])
+    whitening.fit(x)
+    return whitening
+
+
+def test_before_a_fit_nothing_changes():
+    x = representations()
+    assert torch.equal(model.Whitening(12)(x), x)
+
+
+def test_distances_are_those_of_scikit_learns_whitened_components():
+    x = representations()
+    pca = PCA().fit(x.double().numpy())
+    variances = pca.explained_variance_ * (len(x) - 1) / len(x)
+    theirs = pca.transform(x.double().numpy()) / np.sqrt(variances + model.SHRINKAGE * variances.mean())
+    ours = fitted(x)(x).double()
+    torch.testing.assert_close(
+        torch.cdist(ours, ours), torch.cdist(*[torch.from_numpy(theirs)] * 2), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_matrix_is_symmetric_and_directions_keep_their_order():
+    whitening, x = fitted(representations()), representations()
+    torch.testing.assert_close(whitening.weight, whitening.weight.T)
+    values = torch.linalg.eigvalsh(torch.cov(whitening(x).T, correction=0).double())
+    assert (values > 0).all()
+    assert values.max() < 1
+
+
+def test_fewer_images_than_dimensions():
+    x = representations(n=5)
+    assert fitted(x)(x).isfinite().all()
+
+
+def test_equal_representations_only_lose_their_mean():
+    x = torch.full((7, 3), 2.5)
+    assert torch.equal(fitted(x)(x), torch.zeros(7, 3))

@@ -18,6 +18,7 @@ from barlow.core.weights import save_weights
 from barlow.evaluation import probe
 from barlow.training import distributed, model
 
+WHITENING_IMAGES = 4096  # that mean and covariance are taken from
 CHUNK = 256  # images decoded and embedded at a time
 KNN = (20, 0.1)  # k and temperature of the kNN during training; pretraining must not depend on evaluate's
 
@@ -39,6 +40,20 @@ def labelled(split: str) -> Iterator[webdataset.Sample]:
 
 def embed(encoder: model.FrozenEncoder, samples: Iterator[webdataset.Sample], device: torch.device) -> Split:
     """Embed images with torch: decoded and resized on the CPU, the rest on the device, where the encoder is."""
+    whole = represent(encoder, samples, device)
+    with torch.no_grad():
+        return whole._replace(features=encoder.whitening(whole.features.to(device)).cpu())
+
+
+def whiten(encoder: model.FrozenEncoder, device: torch.device) -> None:
+    """Fit the encoder's whitening, if it has one, on the first images of the pretrain shards."""
+    if isinstance(encoder.whitening, model.Whitening):
+        samples = islice(webdataset.read(webdataset.tars("pretrain")), WHITENING_IMAGES)
+        encoder.whitening.fit(represent(encoder, samples, device).features)
+
+
+def represent(encoder: model.FrozenEncoder, samples: Iterator[webdataset.Sample], device: torch.device) -> Split:
+    """Return what `embed` returns, before the whitening."""
 
     def resized(data: bytes) -> Tensor:
         # On the CPU: the CUDA kernel fails where a side shrinks by more than 94 (pytorch/vision issue 7671).

@@ -96,6 +96,7 @@ class Model:
     stem: Literal["imagenet", "small", "stride"]
     projector: tuple[Positive, ...]
     zero_init_residual: bool
+    whiten: bool
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,6 +19,7 @@ from barlow.training import distributed
 from barlow.training.backbone import backbone
 
 Network = TypeVar("Network", bound=nn.Module)
+SHRINKAGE = 0.1  # of the mean variance, added to each: directions that hardly vary are noise and are not blown up
 
 
 def projector(dim: int, sizes: tuple[int, ...]) -> nn.Sequential:
@@ -81,8 +83,42 @@ def synchronised(network: Network, device: torch.device) -> Network:
     return network
 
 
+class Whitening(nn.Module):
+    """Zero-phase whitening (ZCA; Kessy et al., arXiv 1512.00809): y = (x - mean) @ weight. Before `fit`, y = x.
+
+    weight = (covariance + shrinkage)^(-1/2) is symmetric, so each dimension of y stays close to the same of x.
+    Whitened dimensions are uncorrelated and of about one variance, so that no few of them decide a cosine.
+    """
+
+    mean: Tensor
+    weight: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("weight", torch.eye(dim))
+
+    def forward(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        """Whiten representations."""
+        return (x - self.mean) @ self.weight
+
+    @torch.no_grad()
+    def fit(self, x: Float[Tensor, "batch dim"]) -> None:
+        """Take mean and covariance of these representations; in float64, on the CPU."""
+        wide = x.double().cpu()
+        mean = wide.mean(0)
+        centred = wide - mean
+        variances, directions = torch.linalg.eigh(centred.T @ centred / len(wide))
+        shrunk = variances.clamp(min=0) + SHRINKAGE * variances.mean()
+        scales = torch.where(shrunk > 0, shrunk.rsqrt(), 0)  # 0 only where all representations are equal
+        self.weight.copy_(directions * scales @ directions.T)
+        self.mean.copy_(mean)
+
+
 class FrozenEncoder(nn.Module):
-    """What is evaluated, exported and served: uint8 images in, the backbone's representation out.
+    """What is evaluated, exported and served: uint8 images in, the embedding out.
+
+    The embedding is the backbone's representation, whitened where `model.whiten` says so.
 
     Resize and normalisation are inside, so that nobody who uses the encoder can get them wrong. The whole image is
     resized to `views.size` squared (bilinear, antialiased); no part is cut away.
@@ -95,6 +131,7 @@ class FrozenEncoder(nn.Module):
         super().__init__()
         self.size = views.size
         self.backbone = backbone(model, views.size)
+        self.whitening = Whitening(self.backbone.dim) if model.whiten else nn.Identity()
         self.register_buffer("mean", 255 * torch.tensor(views.mean)[:, None, None], persistent=False)
         self.register_buffer("std", 255 * torch.tensor(views.std)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
@@ -113,9 +150,9 @@ class FrozenEncoder(nn.Module):
         return (resized - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the representation of uint8 images (batch, height, width, 3): float32 (batch, dim)."""
-        representation: Tensor = self.backbone(self.preprocess(images))
-        return representation
+        """Return the embeddings of uint8 images (batch, height, width, 3): float32 (batch, dim)."""
+        embedding: Tensor = self.whitening(self.backbone(self.preprocess(images)))
+        return embedding
 
 
 def computes_bf16(precision: str, device: torch.device) -> bool:
@@ -141,5 +178,5 @@ def load_encoder(path: Path = files.ENCODER) -> tuple[FrozenEncoder, dict[str, A
     model = strict.build(params.Model, metadata["model"], str(path), "model")
     views = strict.build(params.Views, metadata["views"], str(path), "views")
     encoder = FrozenEncoder(model, views)
-    encoder.backbone.load_state_dict(tensors)
+    encoder.load_state_dict(tensors)
     return encoder, metadata
