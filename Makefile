@@ -103,6 +103,7 @@ bench: .venv/installed ## run benchmarks/, each a ratio to what a user would pic
 	python benchmarks/loss.py
 	python benchmarks/views.py $(IMAGES)
 	python benchmarks/step.py $(IMAGES)
+	python benchmarks/microbatch.py
 	python benchmarks/precision.py
 	python benchmarks/serve.py
 

@@ -46,7 +46,7 @@ def test_what_changed_is_printed_and_comments_stay(capsys):
 
 
 def test_an_unknown_preset():
-    with pytest.raises(UserError, match="preset 'cifar' is not in presets/; there are: cifar10, imagenet, smoke"):
+    with pytest.raises(UserError, match="preset 'cifar' is not in presets/; there are: cifar10, imagenet, smoke, vit"):
         preset.run("cifar")
 
 
@@ -90,6 +90,6 @@ def test_imagenets_rate_of_biases_and_decay_are_the_official_ones_on_the_true_gr
 
 def test_cifar10s_rates_and_decay_are_solo_learns_without_its_scale_of_the_loss():
     overlay = strict.read_yaml("presets/cifar10.yaml")["pretrain"]
-    assert overlay["clip"]
+    assert overlay["optimizer"] == "larc"
     assert overlay["lr_weights"] == overlay["lr_biases"] == pytest.approx(0.1 * 0.3)
     assert overlay["weight_decay"] == pytest.approx(1e-4 / 0.1)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import torch as save
 from sklearn.neighbors import KNeighborsClassifier
 
 from barlow import pretrain
@@ -124,6 +125,79 @@ def test_stopped_and_run_again_equals_an_undisturbed_run(project, smoke, undistu
     assert report["loss"] == expected_report["loss"]
     assert curve("loss") == losses
     assert [report[name] for name in NORMS] == [expected_report[name] for name in NORMS]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "larc"},
+        {"optimizer": "sgd", "microbatch": 16},
+        {"optimizer": "adamw", "lr_weights": 1e-3, "lr_biases": 1e-3},
+    ],
+)
+def test_each_optimizer_goes_on_with_the_same_weights(project, smoke, change, undisturbed, monkeypatch, settings):
+    params = change(smoke, "pretrain", **settings)
+    expected, _ = run(params)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Interrupted):
+            pretrain.run(params)
+    assert run(params)[0] == expected != undisturbed[0]
+
+
+def test_a_microbatch_of_the_whole_batch_changes_no_weight(project, smoke, change, undisturbed):
+    pretrain.run(change(smoke, "pretrain", microbatch=64))
+    whole = save.load(undisturbed[0])
+    for name, value in load_weights(files.ENCODER)[0].items():
+        assert torch.equal(value, whole[name])
+
+
+TOGETHER = """
+import sys
+from dataclasses import replace
+import torch
+from barlow import pretrain
+from barlow.core import files
+from barlow.core.errors import Interrupted
+from barlow.settings import loading
+from barlow.training import distributed, state
+
+torch.set_num_threads(1)
+params, device = loading.load(), distributed.start("cpu")
+record = state.Training.record
+for settings in ({"optimizer": "larc"}, {"optimizer": "sgd"}, {"optimizer": "adamw", "microbatch": 8}):
+    settings |= {"processes": 2, "lr_weights": 0.01, "lr_biases": 0.001}
+    chosen, weights = replace(params, pretrain=replace(params.pretrain, **settings)), []
+    for stopped in (False, True):
+        if stopped:
+            def recorded(self, *arguments):
+                record(self, *arguments)
+                if self.step == 3:
+                    self.writer.wait()
+                    raise Interrupted("after the checkpoint of step 2")
+            state.Training.record = recorded
+            try:
+                pretrain.train(chosen, device)
+            except Interrupted:
+                state.Training.record = record
+        pretrain.train(chosen, device)
+        if distributed.rank() == 0:
+            weights.append(files.ENCODER.read_bytes())
+    assert len(set(weights)) <= 1, settings
+distributed.stop()
+"""
+
+
+@pytest.mark.slow
+def test_each_optimizer_goes_on_with_the_same_weights_in_two_processes(project, smoke, change):
+    params = change(smoke, "pretrain", checkpoint_steps=2)
+    Path("params.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(params)))))
+    Path("together.py").write_text(TOGETHER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, "together.py"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("going on from step 2 of 6") == 3
+    assert "8 images at a time" in done.stdout
 
 
 @pytest.mark.parametrize("ablate", ["normalisation", "invariance", "stop-gradient"])

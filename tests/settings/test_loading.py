@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import yaml
@@ -25,8 +26,8 @@ def test_the_shipped_file_is_read(tmp_path, document):
     assert loaded.shard.max_side is None
 
 
-@pytest.mark.parametrize("key", ["checkpoint_steps", "knn_epochs", "processes"])
-@pytest.mark.parametrize("value", [None, 1, 500])
+@pytest.mark.parametrize("key", ["checkpoint_steps", "knn_epochs", "processes", "microbatch"])
+@pytest.mark.parametrize("value", [None, 4, 32])
 def test_what_may_be_left_out_is_null_or_a_number(tmp_path, document, key, value):
     document["pretrain"][key] = value
     assert getattr(load(tmp_path, document).pretrain, key) == value
@@ -72,6 +73,9 @@ def test_what_may_be_left_out_is_null_or_a_number(tmp_path, document, key, value
         ("pretrain", "min_std", -0.1, "pretrain.min_std=-0.1 is not allowed; it must be from 0 to 1"),
         ("pretrain", "max_correlation", 1.1, "pretrain.max_correlation=1.1 is not allowed; it must be from 0 to 1"),
         ("pretrain", "epoch", 3, "pretrain.epoch=3 is not a known key; the nearest is pretrain.epochs"),
+        ("pretrain", "optimizer", "adam", "one of lars, larc, sgd, adamw; did you mean adamw?"),
+        ("pretrain", "microbatch", 1, "pretrain.microbatch=1 is not allowed; it must be at least 2"),
+        ("pretrain", "microbatch", "auto", "pretrain.microbatch='auto' is not allowed; it must be a whole number"),
     ],
 )
 def test_an_impossible_value_is_one_line(tmp_path, document, section, key, value, message):
@@ -121,6 +125,43 @@ def test_a_file_that_is_no_mapping(tmp_path, content, message):
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match="run from the project's root"):
         loading.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "microbatch", "message"),
+    [
+        (64, None, 48, "microbatch=48 does not divide the 64 images that .* 1 process.*; set it to 32, or to null$"),
+        (64, 4, 12, "microbatch=12 does not divide the 16 images that .* 4 process.*; set it to 8, or to null$"),
+        (64, None, 100, "microbatch=100 is more than the 64 images that .*; set it to 32, or to null$"),
+        (61, None, 20, "microbatch=20 does not divide the 61 images that .*; set it to null$"),
+    ],
+)
+def test_a_microbatch_that_does_not_fit_is_told_with_one_that_does(
+    tmp_path, document, batch_size, processes, microbatch, message
+):
+    document["pretrain"] |= {"batch_size": batch_size, "processes": processes, "microbatch": microbatch}
+    with pytest.raises(UserError, match=rf"params\.yaml: pretrain\.{message}") as error:
+        load(tmp_path, document)
+    if remedy := re.search(r"set it to (\d+)", str(error.value)):
+        document["pretrain"]["microbatch"] = int(remedy[1])
+        load(tmp_path, document)
+
+
+def test_adamws_momentum_is_below_one(tmp_path, document):
+    document["pretrain"] |= {"optimizer": "adamw", "momentum": 1.0}
+    with pytest.raises(UserError, match=r"pretrain\.momentum=1, which is beta1 .* must be below 1; 0\.9 is usual$"):
+        load(tmp_path, document)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_setting_that_is_gone_is_told_with_what_replaces_it(tmp_path, document, value):
+    document["pretrain"]["clip"] = value
+    wanted = "`optimizer: larc` in place of true, or `optimizer: lars` in place of false"
+    with pytest.raises(UserError, match=rf"params\.yaml: pretrain\.clip={value} is gone; write {wanted}$"):
+        load(tmp_path, document)
+    document["views"]["clip"] = document["pretrain"].pop("clip")  # only where it was
+    with pytest.raises(UserError, match=r"views\.clip=.* is not a known key"):
+        load(tmp_path, document)
 
 
 def test_the_old_name_of_a_section_is_told_with_its_new_one(tmp_path, request):

@@ -47,6 +47,28 @@ def batch_norm(device):
         "kinds": [type(module).__module__ for module in network if "BatchNorm" in type(module).__name__],
     }
 """
+MICROBATCHES = """
+class Twins(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(108, 8), norm, nn.ReLU())
+        self.projector = model.projector(8, (7, 6))
+
+def twins(name):
+    torch.manual_seed(2)
+    return Twins(nn.LayerNorm(8) if name == "layer norm" else nn.BatchNorm1d(8))
+
+def microbatches(name):
+    network = model.synchronised(twins(name), torch.device("cpu"))
+    parallel = nn.parallel.DistributedDataParallel(model.Microbatches(network, 2), broadcast_buffers=False)
+    images, world = torch.load("images.pt", weights_only=True), distributed.world_size()
+    views = [view.chunk(world)[distributed.rank()] for view in (images, images.flip(-1) ** 2)]
+    for _ in range(2):  # a second step, after which the gradients have been added up
+        loss = ablated_loss(*parallel(*views), 0.1, None).total
+        loss.backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    return {"loss": loss.detach(), "gradients": gradients, "state": network.state_dict()}
+"""
 WORKER = """
 sent = 0
 def counted(collective, argument):
@@ -77,6 +99,7 @@ def work(rank):
         results[name] = {"gradient": weight.grad / world, "total": loss.total.detach(), "sent": sent, "c": c}
 
     results["network"] = batch_norm(device)
+    results["microbatches"] = {name: microbatches(name) for name in ("layer norm", "batch norm")}
 
     def gather(value):
         values = [None] * world
@@ -144,7 +167,7 @@ def processes(tmp_path_factory, cases, images):
     folder = tmp_path_factory.mktemp("processes")
     for name, content in {"in.pt": cases, "images.pt": images, "network.pt": network().state_dict()}.items():
         torch.save(content, folder / name)
-    (folder / "worker.py").write_text(BATCH_NORM + WORKER)
+    (folder / "worker.py").write_text(BATCH_NORM + MICROBATCHES + WORKER)
     command = [sys.executable, "worker.py", "in.pt", str(WORLD)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -211,6 +234,26 @@ def test_batch_norm_sees_the_global_batch_on_two_gpus(tmp_path, images):
     assert done.returncode == 0, done.stderr[-3000:]
     result = torch.load(tmp_path / "out.pt", weights_only=True)
     assert_batch_norm(result, images, "torch.nn.modules.batchnorm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["layer norm", "batch norm"])
+def test_microbatches_of_all_processes_have_the_gradient_of_the_whole_batch(processes, images, name):
+    """The backbone's batch norm sees a microbatch of each process, all together, the projector's the whole batch."""
+    scope = {"nn": nn, "torch": torch, "model": model}
+    exec(MICROBATCHES, scope)
+    alone = scope["twins"](name)
+    # Microbatch i is images 2i and 2i + 1 of each process's 4. The loss does not depend on the order of the batch.
+    views = [view.unflatten(0, (WORLD, 2, 2)).transpose(0, 1).flatten(1, 2) for view in (images, images.flip(-1) ** 2)]
+    for _ in range(2):
+        z = [alone.projector(torch.cat([alone.backbone(part) for part in view])) for view in views]
+        loss = ablated_loss(*z, 0.1, None).total
+        loss.backward()
+    result = processes["microbatches"][name]
+    torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-5, atol=1e-5)
+    for parameter, gradient in result["gradients"].items():
+        torch.testing.assert_close(gradient, alone.get_parameter(parameter).grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result["state"], alone.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

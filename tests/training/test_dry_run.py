@@ -68,6 +68,31 @@ def test_processes_share_batch_and_memory(project, smoke, change):
         dry_run.describe(change(smoke, "pretrain", processes=3))
 
 
+def test_microbatches_save_activations_alone(project, smoke, change):
+    whole = change(smoke, "pretrain", batch_size=200, precision="fp32", device="cpu")
+    parts = described(change(whole, "pretrain", microbatch=20))
+    assert parts["processes"] == "1 on cpu, 200 images each, 20 images at a time, fp32"
+    (memory, activations), (less_memory, less) = gibibytes(described(whole)["memory"]), gibibytes(parts["memory"])
+    assert activations / 20 < less + 0.005 < activations / 5  # one view of a tenth of the images, and the projector's
+    assert memory - less_memory == pytest.approx(activations - less, abs=0.021)
+    same = described(change(whole, "pretrain", microbatch=50, processes=4))  # all that a process has
+    assert same["processes"] == "4 on cpu, 50 images each, fp32"
+    with pytest.raises(UserError, match=r"microbatch=40 does not divide the 50 images .* set it to 25, or to null$"):
+        dry_run.describe(change(whole, "pretrain", microbatch=40, processes=4))
+
+
+def test_the_optimizer_and_its_memory(project, smoke, change):
+    """AdamW holds two values per weight, where the others hold one."""
+    wide = change(smoke, "model", projector=(4096, 2048))
+    memory = {}
+    for name in ("sgd", "adamw"):
+        lines = described(change(wide, "pretrain", optimizer=name, momentum=0.8, weight_decay=0.05))
+        assert lines["optimizer"] == f"{name}, momentum 0.8, weight decay 0.05"
+        memory[name] = gibibytes(lines["memory"])[0]
+    weights = sum(int(lines[part].split(", ")[-1].split()[0].replace(",", "")) for part in ("model", "projector"))
+    assert memory["adamw"] - memory["sgd"] == pytest.approx(4 * weights / 2**30, abs=0.011)
+
+
 def test_memory_grows_with_the_batch(project, smoke, change):
     figures = [gibibytes(described(change(smoke, "pretrain", batch_size=n))["memory"]) for n in (50, 100, 200)]
     for less, more in pairwise(figures):
@@ -92,7 +117,7 @@ def test_activations_are_what_the_profiler_sees_alive(project, smoke, bf16):
         return total
 
     expected = (alive(16) - alive(8)) / 8
-    assert dry_run.measure(run, smoke.views.size, bf16)[0] == pytest.approx(expected, rel=0.05)
+    assert dry_run.measure(run, run.network, smoke.views.size, bf16)[0] == pytest.approx(expected, rel=0.05)
 
 
 def test_a_dry_run_trains_and_writes_nothing(project, smoke, change, capsys, monkeypatch):
@@ -103,7 +128,7 @@ def test_a_dry_run_trains_and_writes_nothing(project, smoke, change, capsys, mon
     Path("params.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(smoke)))))
     assert cli.main(["pretrain", "--dry-run"]) == 0
     names = [line[:14].rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert names == ["model", "projector", "steps", "processes", "learning rate", "loss", "memory", "time"]
+    assert names == ["model", "projector", "steps", "processes", "optimizer", "learning rate", "loss", "memory", "time"]
     assert sorted(path.name for path in project.iterdir()) == ["data", "params.yaml"]
 
     too_large = change(smoke, "pretrain", batch_size=500)
@@ -115,6 +140,9 @@ def test_a_dry_run_trains_and_writes_nothing(project, smoke, change, capsys, mon
 def test_the_headline(project, smoke, change):
     run = state.Training(change(smoke, "model", projector=(80,)), CPU)
     assert dry_run.headline(run, bf16=True) == "2 epochs of 3 steps of 64 on cpu, 1 process(es), bf16, dual loss"
+    run = state.Training(change(smoke, "pretrain", microbatch=16), CPU)
+    wanted = "2 epochs of 3 steps of 64 on cpu, 1 process(es), 16 images at a time, fp32, direct loss"
+    assert dry_run.headline(run, bf16=False) == wanted
 
 
 def test_without_shards_it_says_so(tmp_path, monkeypatch, smoke, capsys):

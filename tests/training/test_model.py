@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import typing
 
 import numpy as np
 import pytest
@@ -7,11 +8,14 @@ import timm
 import torch
 from PIL import Image
 from sklearn.decomposition import PCA
+from torch import nn
 from torchvision.transforms import v2
 
 from barlow.core.errors import UserError
 from barlow.core.weights import save_weights
+from barlow.settings.params import Ablation
 from barlow.training import model
+from barlow.training.loss import ablated_loss
 
 
 def test_projector_has_no_bias_and_ends_linear():
@@ -161,3 +165,99 @@ def test_fewer_images_than_dimensions():
 def test_equal_representations_only_lose_their_mean():
     x = torch.full((7, 3), 2.5)
     assert torch.equal(fitted(x)(x), torch.zeros(7, 3))
+
+
+class Twins(nn.Module):
+    """A small network of the form of BarlowTwins; `inner` is in its backbone, batch norm in its projector."""
+
+    def __init__(self, *inner):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 12), *inner)
+        self.projector = model.projector(12, (10, 6))
+
+    def forward(self, view_a, view_b):
+        return self.projector(self.backbone(view_a)), self.projector(self.backbone(view_b))
+
+
+def twins(*inner):
+    torch.manual_seed(0)
+    return Twins(*inner), [torch.randn(12, 3, 6, 6) for _ in range(2)]
+
+
+def step(network, embed, views, ablate=None, bf16=False):
+    """Return the embeddings, the gradients and the buffers after one forward and backward pass."""
+    torch.manual_seed(1)  # for dropout
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        z_a, z_b = embed(*views)
+    ablated_loss(z_a, z_b, 0.1, ablate).total.backward()
+    return [z_a, z_b], [w.grad for w in network.parameters()], list(network.buffers())
+
+
+def with_graph(network, size):
+    """Return what embeds microbatch for microbatch, each with its own autocast, and keeps all activations."""
+
+    def embed(*views):
+        for view in views:
+            parts = []
+            for i in range(0, len(view), size):
+                parts.append(network.backbone(view[i : i + size]))
+                torch.clear_autocast_cache()
+            yield network.projector(torch.cat(parts))
+
+    return embed
+
+
+@pytest.mark.parametrize("ablate", [None, *typing.get_args(Ablation)])
+@pytest.mark.parametrize("size", [2, 4, 5, 12])
+def test_microbatches_have_the_loss_and_gradient_of_the_whole_batch(size, ablate):
+    """Where the backbone has no batch norm, to the rounding of float64; the last microbatch may be smaller."""
+    network, views = twins(nn.LayerNorm(12), nn.GELU())
+    whole, network = network.double(), copy.deepcopy(network).double()
+    views = [view.double() for view in views]
+    expected = step(whole, whole, views, ablate)
+    found = step(network, model.Microbatches(network, size), views, ablate)
+    for ours, theirs in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert all(gradient.any() for gradient in found[1])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("ablate", [None, "stop-gradient"])
+def test_both_passes_are_the_same_and_statistics_are_counted_once(ablate, bf16):
+    """Dropout, batch norm and bf16, to the bit: as if the activations of each microbatch had been kept."""
+    network, views = twins(nn.BatchNorm1d(12), nn.Dropout(0.5))
+    kept = copy.deepcopy(network)
+    found = step(network, model.Microbatches(network, 4), views, ablate, bf16)
+    random_state = torch.get_rng_state()
+    expected = step(kept, with_graph(kept, 4), views, ablate, bf16)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one, other)
+    assert dict(network.named_buffers())["backbone.4.num_batches_tracked"] == 6  # of two views of three microbatches
+
+
+def test_microbatches_of_a_resnet_are_as_if_all_activations_were_kept(smoke):
+    """Through torch's convolutions in channels_last, and batch norm over all processes."""
+    torch.manual_seed(0)
+    network = model.synchronised(model.BarlowTwins(smoke.model, smoke.views.size), torch.device("cpu"))
+    network = network.to(memory_format=torch.channels_last)
+    views = [torch.randn(8, 3, 24, 24).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+    kept = copy.deepcopy(network)
+    found = step(network, model.Microbatches(network, 4), views)
+    for ours, theirs in zip(found, step(kept, with_graph(kept, 4), views), strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_no_more_than_a_microbatch_is_in_the_backbone_and_no_activation_of_it_is_kept():
+    network, views = twins(nn.LayerNorm(12))
+    sizes, kept = [], []
+    network.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    network.projector = nn.Identity()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        z_a, z_b = model.Microbatches(network, 4)(*views)
+    assert sizes == [4] * 6  # one view at a time
+    assert sum(kept) == sum(view.numel() for view in views)  # they are the input of the second pass
+    ablated_loss(z_a, z_b, 0.1, None).total.backward()
+    assert sizes == [4] * 12

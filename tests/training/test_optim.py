@@ -1,11 +1,12 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from barlow.training.optim import LARS, warmup_cosine
+from barlow.training.optim import LARS, build, warmup_cosine
 
 
 def network():
@@ -202,6 +203,85 @@ def test_parameters_without_gradient_stay():
 def test_negative_setting_is_refused():
     with pytest.raises(ValueError, match=r"momentum=-0\.1 is negative"):
         LARS([nn.Parameter(torch.ones(1))], lr=1.0, momentum=-0.1)
+
+
+def by_hand(name, weights, biases, gradients, rates, p):
+    """SGD (Sutskever's momentum, as torch has it) and AdamW (arXiv 1711.05101, algorithm 2), one number at a time."""
+    for w in [*weights, *biases]:
+        decay = p.weight_decay if any(w is each for each in weights) else 0.0
+        m, v, flat = np.zeros(w.size), np.zeros(w.size), w.reshape(-1)  # a view of w
+        for step, (gradient, lr) in enumerate(zip(gradients[id(w)], rates, strict=True), 1):
+            for i, g in enumerate(gradient.reshape(-1)):
+                if name == "sgd":
+                    m[i] = p.momentum * m[i] + g + decay * flat[i]
+                    flat[i] -= lr * m[i]
+                else:
+                    m[i] = p.momentum * m[i] + (1 - p.momentum) * g
+                    v[i] = 0.999 * v[i] + 0.001 * g**2
+                    unbiased = m[i] / (1 - p.momentum**step), v[i] / (1 - 0.999**step)
+                    flat[i] -= lr * (unbiased[0] / (unbiased[1] ** 0.5 + 1e-8) + decay * flat[i])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_sgd_and_adamw_equal_a_loop_by_hand(smoke, change, name, momentum):
+    """In float64; the weights of the convolution lie in memory as channels_last; the rate begins at 0."""
+    p = change(smoke, "pretrain", optimizer=name, momentum=momentum, weight_decay=0.3).pretrain
+    generator = torch.Generator().manual_seed(0)
+    shapes, rates = [(4, 3, 3, 3), (5, 4), (4,), (1, 1)], [0.0, 0.05, 0.1, 0.02]
+    ours = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+    ours[0] = ours[0].contiguous(memory_format=torch.channels_last)
+    theirs = [w.numpy().copy(order="C") for w in ours]
+    gradients = {
+        id(copied): [torch.randn(w.shape, dtype=torch.float64, generator=generator) for _ in rates]
+        for w, copied in zip(ours, theirs, strict=True)
+    }
+    optimizer = build(p, [ours[0], ours[1], ours[3]], [ours[2]])
+    for step, rate in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for w, copied in zip(ours, theirs, strict=True):
+            w.grad = torch.empty_like(w).copy_(gradients[id(copied)][step])
+        optimizer.step()
+    arrays = {key: [g.numpy() for g in each] for key, each in gradients.items()}
+    by_hand(name, [theirs[0], theirs[1], theirs[3]], [theirs[2]], arrays, rates, p)
+    for w, copied in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(w, copied, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["lars", "larc"])
+def test_lars_and_larc_are_the_official_and_the_clipped_rule(smoke, change, name):
+    settings = {"momentum": 0.8, "weight_decay": 1e-2, "trust_coefficient": 0.05}
+    p = change(smoke, "pretrain", optimizer=name, **settings).pretrain
+    ours, theirs = network(), network()
+    groups = ([w for w in ours.parameters() if (w.ndim > 1) == wide] for wide in (True, False))
+    optimizer = build(p, *groups)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.3
+    naive = NaiveLARS(theirs.parameters(), 0.3, **settings, clip=name == "larc")
+    assert_close(train(ours, optimizer), train(theirs, naive))
+    assert set(naive.bounded) == {True, False}
+
+
+@pytest.mark.parametrize("name", ["lars", "larc", "sgd", "adamw"])
+def test_the_whole_state_is_there_before_the_first_step(smoke, change, name):
+    """With the names and the layout in memory that it has after a step."""
+    weights, biases = [torch.ones(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)], [torch.ones(4)]
+    optimizer = build(change(smoke, "pretrain", optimizer=name).pretrain, weights, biases)
+
+    def state():
+        return [
+            {key: (value.shape, value.stride(), value.dtype) for key, value in optimizer.state[w].items()}
+            for w in weights + biases
+        ]
+
+    before = state()
+    assert all(not value.any() for w in weights + biases for value in optimizer.state[w].values())
+    for w in weights + biases:
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert state() == before
+    assert all(value.any() for w in weights + biases for value in optimizer.state[w].values())
 
 
 def official(step, total, warmup, base):

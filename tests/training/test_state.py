@@ -51,10 +51,14 @@ def test_a_step_takes_the_rates_of_weights_and_of_biases(project, smoke):
     assert all(w.grad is None for w in run.network.parameters())
 
 
-def test_the_optimizer_has_the_params_settings(project, smoke, change):
-    settings = {"momentum": 0.7, "weight_decay": 0.3, "trust_coefficient": 0.04, "clip": True}
-    run = Training(change(smoke, "pretrain", **settings), CPU)
-    assert [{name: group[name] for name in settings} for group in run.optimizer.param_groups] == [settings] * 2
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_optimizer_has_the_params_settings(project, smoke, change, clip):
+    settings = {"momentum": 0.7, "weight_decay": 0.3, "trust_coefficient": 0.04}
+    run = Training(change(smoke, "pretrain", optimizer="larc" if clip else "lars", **settings), CPU)
+    settings["clip"] = clip
+    weights, biases = ({name: group[name] for name in settings} for group in run.optimizer.param_groups)
+    assert weights == settings
+    assert biases == settings | {"weight_decay": 0.0}
 
 
 def test_an_epochs_row_holds_the_means(project, smoke):
@@ -199,6 +203,12 @@ def test_it_is_found_after_a_resume_too(project, smoke, change, monkeypatch):
         pretrain.run(params)
 
 
+def test_settings_that_the_optimizer_does_not_have_are_no_remedy(project, smoke, change):
+    params = change(smoke, "pretrain", optimizer="adamw", lr_weights=1e30, lr_biases=1e30, warmup_epochs=0)
+    with pytest.raises(UserError, match=r"lower pretrain.lr_weights=1e\+30 or pretrain.lr_biases=1e\+30, or raise"):
+        pretrain.run(params)
+
+
 def test_a_small_batch_is_named_whole(project, smoke, change, monkeypatch):
     params = change(smoke, "pretrain", batch_size=4)
     spoil(monkeypatch, 0, infinite)
@@ -221,9 +231,11 @@ def test_nothing_random_is_drawn_in_the_loop(project, smoke, monkeypatch):
     assert all(torch.equal(state, states[0]) for state in states)
 
 
-def test_a_checkpoint_holds_all_that_there_is(project, smoke):
+@pytest.mark.parametrize("optimizer", ["lars", "larc", "sgd", "adamw"])
+def test_a_checkpoint_holds_all_that_there_is(project, smoke, change, optimizer):
     """What is resumed is what was saved, and the views go on after the last batch."""
-    run = Training(smoke, CPU)
+    params = change(smoke, "pretrain", optimizer=optimizer)
+    run = Training(params, CPU)
     views = iter(run.views)
     for _ in range(2):
         pair = next(views)
@@ -233,18 +245,19 @@ def test_a_checkpoint_holds_all_that_there_is(project, smoke):
         run.record(loss, z_a, z_b)
     run.save()
     run.writer.wait()
-    again = Training(smoke, CPU)
+    again = Training(params, CPU)
     assert again.resume() == "going on from step 2 of 6"
     assert (again.step, again.history) == (2, [])
     torch.testing.assert_close(again.network.state_dict(), run.network.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(again.sums, run.sums, rtol=0, atol=0)
     torch.testing.assert_close(again.correlation, run.correlation, rtol=0, atol=0)
     for ours, theirs in zip(again.weights + again.biases, run.weights + run.biases, strict=True):
-        assert torch.equal(
-            again.optimizer.state[ours]["momentum_buffer"], run.optimizer.state[theirs]["momentum_buffer"]
-        )
-        # channels_last as the weight is, or each step of LARS would convert one of them
-        assert again.optimizer.state[ours]["momentum_buffer"].stride() == ours.stride()
+        assert again.optimizer.state[ours].keys() == run.optimizer.state[theirs].keys()
+        for name, value in again.optimizer.state[ours].items():
+            assert torch.equal(value, run.optimizer.state[theirs][name])
+            assert value.any()
+            # channels_last as the weight is, or each step of LARS would convert one of them
+            assert name == "step" or value.stride() == ours.stride()
     for ours, theirs in zip(next(iter(again.views)), next(views), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -255,8 +268,10 @@ def test_where_and_how_often_a_run_is_saved_does_not_make_it_another(project, sm
     elsewhere |= {"min_std": 0.2, "max_correlation": 0.7}
     assert Training(change(smoke, "pretrain", **elsewhere), CPU).folder == folder
     for section, values in {
-        "pretrain": {"ablate": "invariance"},
+        "pretrain": {"optimizer": "larc"},
         "views": {"flip": 0.1},
         "model": {"projector": (64, 32)},
     }.items():
         assert Training(change(smoke, section, **values), CPU).folder != folder
+    for values in ({"ablate": "invariance"}, {"microbatch": 16}):
+        assert Training(change(smoke, "pretrain", **values), CPU).folder != folder

@@ -6,7 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from barlow.core.errors import UserError
-from barlow.settings.params import TIMM, Params
+from barlow.settings.params import TIMM, Params, Pretrain
 from barlow.settings.strict import build, read_yaml
 
 PARAMS = Path("params.yaml")
@@ -37,4 +37,26 @@ def load(path: Path | str = PARAMS) -> Params:
     if (p := params.pretrain).warmup_epochs >= p.epochs:
         text = f"pretrain.warmup_epochs={p.warmup_epochs:g} is not below pretrain.epochs={p.epochs}"
         raise UserError(f"{path}: {text}, so the learning rate would never reach its peak; lower it")
+    if p.optimizer == "adamw" and p.momentum == 1:
+        text = "pretrain.momentum=1, which is beta1 of pretrain.optimizer=adamw, must be below 1"
+        raise UserError(f"{path}: {text}; 0.9 is usual")
+    check_microbatch(p, p.processes or 1, f"{path}: ")
     return params
+
+
+def check_microbatch(p: Pretrain, processes: int, prefix: str = "") -> None:
+    """Check that a process's part of the batch is a whole number of microbatches.
+
+    Raises:
+        UserError: it is not; names the largest microbatch that would do.
+    """
+    local, size = p.batch_size // processes, p.microbatch
+    if size is None or local % size == 0 or p.batch_size % processes:  # the last is told elsewhere
+        return
+    fault = "is more than" if size > local else "does not divide"
+    smaller = [n for n in range(2, min(size, local)) if local % n == 0]
+    remedy = f"set it to {smaller[-1]}, or to null" if smaller else "set it to null"
+    raise UserError(
+        f"{prefix}pretrain.microbatch={size} {fault} the {local} images that a process has of a batch "
+        f"(pretrain.batch_size={p.batch_size}, {processes} process(es)); {remedy}"
+    )

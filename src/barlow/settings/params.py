@@ -108,6 +108,8 @@ class Pretrain:
     batch_size: Annotated[int, Range(2)]
     lambd: NonNegative
     ablate: Ablation | None
+    microbatch: Annotated[int, Range(2)] | None
+    optimizer: Literal["lars", "larc", "sgd", "adamw"]
     lr_weights: NonNegative
     lr_biases: NonNegative
     final_lr: Fraction
@@ -115,7 +117,6 @@ class Pretrain:
     momentum: Fraction
     weight_decay: NonNegative
     trust_coefficient: Above0
-    clip: bool
     precision: Literal["bf16", "fp32", "auto"]
     device: Literal["cpu", "cuda", "auto"]
     processes: Positive | None

@@ -51,7 +51,10 @@ SCALARS: dict[Any, tuple[Callable[[Any], bool], str]] = {  # by type: the check,
     str: (lambda v: isinstance(v, str) and v != "", "a text that is not empty"),
 }
 
-RENAMED = {"data": "ingest"}  # sections, by their old names
+OLD = {  # keys of earlier versions: what to do about each
+    "data": "is called ingest now; rename it",
+    "pretrain.clip": "is gone; write `optimizer: larc` in place of true, or `optimizer: lars` in place of false",
+}
 
 
 def read_yaml(path: Path | str) -> Any:
@@ -119,8 +122,7 @@ def _build_dataclass(kind: Any, value: Any, file: str, key: str) -> Any:
         if name not in hints:
             nearest = _dotted(key, difflib.get_close_matches(name, hints, 1, 0.0)[0])
             shown = "" if isinstance(item, dict) else f"={item!r}"
-            remedy = f"is called {RENAMED[name]} now; rename it" if name in RENAMED else None
-            text = remedy or f"is not a known key; the nearest is {nearest}"
+            text = OLD.get(_dotted(key, name), f"is not a known key; the nearest is {nearest}")
             raise UserError(f"{file}: {_dotted(key, name)}{shown} {text}")
     for name in hints:
         if name not in value:

@@ -6,9 +6,10 @@ import time
 from datetime import timedelta
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from barlow.settings.params import TIMM, Params
+from barlow.settings import loading
+from barlow.settings.params import TIMM, Params, Pretrain
 from barlow.training import distributed, model
 from barlow.training.loss import barlow_twins_loss, form
 from barlow.training.state import Training
@@ -23,8 +24,13 @@ def headline(run: Training, bf16: bool) -> str:
     p, world = run.p, distributed.world_size()
     return (
         f"{p.epochs} epochs of {run.epoch_steps} steps of {p.batch_size} on {run.device}, {world} process(es), "
-        f"{'bf16' if bf16 else 'fp32'}, {form(p.batch_size, run.network.dim)} loss"
+        f"{at_a_time(p, p.batch_size // world)}{'bf16' if bf16 else 'fp32'}, {form(p.batch_size, run.network.dim)} loss"
     )
+
+
+def at_a_time(p: Pretrain, local: int) -> str:
+    """Return words on microbatches, if the `local` images of a process do not go through the network at once."""
+    return f"{p.microbatch} images at a time, " if p.microbatch is not None and p.microbatch < local else ""
 
 
 def describe(params: Params) -> str:
@@ -39,11 +45,18 @@ def describe(params: Params) -> str:
     run = Training(params, device)
     bf16 = model.computes_bf16(p.precision, device)
     local = part(p.batch_size, 0, processes).stop
-    activations, seconds = measure(run, params.views.size, bf16)
+    loading.check_microbatch(p, processes)
+    held = min(p.microbatch or local, local)  # images whose activations are in memory
+    activations, seconds = measure(run, run.network, params.views.size, bf16)
+    activations *= local
+    if held < local:  # of the backbone, one view of a microbatch
+        kept, seconds = measure(run, run.twins, params.views.size, bf16)
+        activations = local * kept + held * (activations / local - kept) / 2
     parameters = {name: sum(w.numel() for w in part.parameters()) for name, part in run.network.named_children()}
-    state = (4 * 3 + 2 * bf16) * sum(parameters.values())  # bytes of weights, gradients, momentum, autocast's copies
+    state = (4 * 2 + 2 * bf16) * sum(parameters.values())  # bytes of weights, gradients, autocast's copies
+    state += sum(value.nbytes for each in run.optimizer.state.values() for value in each.values())
     views = 4 * 2 * 3 * params.views.size**2  # bytes of one sample's two views
-    memory = state + local * (activations + 3 * views)  # DALI holds two batches ahead
+    memory = state + activations + local * 3 * views  # DALI holds two batches ahead
     weights, biases = run.rates(round(p.warmup_epochs * run.epoch_steps))
     last = run.rates(run.total_steps - 1)[0]
     epoch = timedelta(seconds=round(seconds * local * run.epoch_steps))
@@ -53,18 +66,20 @@ def describe(params: Params) -> str:
         "model": f"{m.arch}, {stem}{parameters['backbone']:,} parameters",
         "projector": f"{'-'.join(map(str, m.projector))}, {parameters['projector']:,} parameters",
         "steps": f"{run.total_steps:,}: {p.epochs} epochs of {run.epoch_steps:,}, of {p.batch_size} images each",
-        "processes": f"{processes} on {device.type}, {local} images each, {'bf16' if bf16 else 'fp32'}",
+        "processes": f"{processes} on {device.type}, {local} images each, "
+        f"{at_a_time(p, local)}{'bf16' if bf16 else 'fp32'}",
+        "optimizer": f"{p.optimizer}, momentum {p.momentum:g}, weight decay {p.weight_decay:g}",
         "learning rate": f"{weights:.4g} (weights) and {biases:.4g} (biases) after {p.warmup_epochs:g} epochs of "
         f"warm-up, down to {last:.2g} along a cosine",
         "loss": f"{form(p.batch_size, run.network.dim)} form, of {p.batch_size} x {run.network.dim} embeddings, "
         f"lambda {p.lambd}",
-        "memory": f"about {memory / GIB:.2f} GiB per process, {local * activations / GIB:.2f} of it activations",
+        "memory": f"about {memory / GIB:.2f} GiB per process, {activations / GIB:.2f} of it activations",
         "time": f"about {epoch} per epoch, {whole} in all, at the speed of {SAMPLES} images here, without views",
     }
     return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
 
 
-def measure(run: Training, size: int, bf16: bool) -> tuple[float, float]:
+def measure(run: Training, embed: nn.Module, size: int, bf16: bool) -> tuple[float, float]:
     """Return, per sample, the bytes that the forward pass keeps for the backward pass, and the seconds of a step."""
     held: dict[int, int] = {}
 
@@ -83,7 +98,7 @@ def measure(run: Training, size: int, bf16: bool) -> tuple[float, float]:
         started = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
             with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
-                z_a, z_b = run.network(*(view.contiguous(memory_format=torch.channels_last) for view in views))
+                z_a, z_b = embed(*(view.contiguous(memory_format=torch.channels_last) for view in views))
             loss = barlow_twins_loss(z_a, z_b, run.p.lambd).total
         activations.append(sum(held.values()))
         held.clear()

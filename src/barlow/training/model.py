@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from barlow.core import files
 from barlow.core.weights import load_weights
@@ -42,6 +45,50 @@ class BarlowTwins(nn.Module):
     def forward(self, view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor]:
         """Turn two views (batch, 3, side, side) into embeddings (batch, D); batch norm sees one view at a time."""
         return self.projector(self.backbone(view_a)), self.projector(self.backbone(view_b))
+
+
+class Microbatches(nn.Module):
+    """The network with `size` images at a time in its backbone: a large batch in the memory of a small one.
+
+    GradCache (Gao et al., arXiv 2101.06983), by torch's activation checkpointing: of the backbone, no activations are
+    kept. When the loss's gradient arrives at a microbatch, it goes through the backbone again. Both passes draw the
+    same random numbers. Projector and loss see the whole batch.
+    """
+
+    def __init__(self, network: BarlowTwins, size: int) -> None:
+        super().__init__()
+        self.network, self.size = network, size
+
+    def forward(self, view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn two views (batch, 3, side, side) into embeddings; the backbone's batch norm sees a microbatch."""
+        return self._embed(view_a), self._embed(view_b)
+
+    def _embed(self, view: Tensor) -> Tensor:
+        parts = []
+        for part in torch.split(view, self.size):
+            parts.append(checkpoint(self.network.backbone, part, use_reentrant=False, context_fn=self._passes))
+            torch.clear_autocast_cache()  # so that the microbatches' gradients add up in float32, not in bf16
+        z: Tensor = self.network.projector(torch.cat(parts))
+        return z
+
+    def _passes(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), self._copied_statistics()
+
+    @contextmanager
+    def _copied_statistics(self) -> Iterator[None]:
+        """Let the second pass update copies of batch norm's running statistics, since the first has updated them.
+
+        The first sees all; the second leaves out what needs no gradient, such as a view behind a stop-gradient.
+        """
+        modules = self.network.backbone.modules()
+        buffers = [(module, *named) for module in modules for named in module.named_buffers(recurse=False)]
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer.clone())
+        try:
+            yield
+        finally:
+            for module, name, buffer in buffers:
+                setattr(module, name, buffer)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):

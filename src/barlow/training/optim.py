@@ -1,4 +1,4 @@
-"""The optimizer, LARS by the rule of the official Barlow Twins code, and its learning rate: warm-up, then cosine."""
+"""The optimizers, LARS by the rule of the official Barlow Twins code, and the learning rate: warm-up, then cosine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+
+from barlow.settings import params
+
+BETA2 = 0.999  # of AdamW, as in torch
 
 
 class LARS(torch.optim.Optimizer):
@@ -88,6 +92,29 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, updates)
         torch._foreach_add_(weights, buffers, alpha=-group["lr"])
+
+
+def build(p: params.Pretrain, weights: list[Tensor], biases: list[Tensor]) -> torch.optim.Optimizer:
+    """Return `pretrain.optimizer`: `weights` decay; `biases`, and the weights of norms among them, do not.
+
+    Its learning rate is 0, for the schedule to set. Its whole state exists from the start, all zeros, which is what
+    each optimizer begins with. So the checkpoint of any step holds the same tensors.
+    """
+    groups = [{"params": weights, "weight_decay": p.weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    optimizer: torch.optim.Optimizer
+    if p.optimizer == "adamw":  # Loshchilov and Hutter, arXiv 1711.05101
+        optimizer, moments = torch.optim.AdamW(groups, 0.0, (p.momentum, BETA2), fused=True), ["exp_avg", "exp_avg_sq"]
+    elif p.optimizer == "sgd":
+        optimizer, moments = torch.optim.SGD(groups, 0.0, p.momentum, fused=True), ["momentum_buffer"]
+    else:
+        clip = p.optimizer == "larc"
+        optimizer = LARS(groups, 0.0, p.momentum, trust_coefficient=p.trust_coefficient, clip=clip)
+        moments = ["momentum_buffer"]
+    for w in weights + biases:
+        optimizer.state[w] = {name: torch.zeros_like(w) for name in moments}
+        if p.optimizer == "adamw":
+            optimizer.state[w]["step"] = torch.zeros((), device=w.device)
+    return optimizer
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int, base: float, final: float) -> float:

@@ -19,10 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from barlow.core import files, provenance, webdataset
 from barlow.core.errors import UserError
+from barlow.settings import loading
 from barlow.settings.params import Params
 from barlow.training import checkpoint, distributed, health, model
 from barlow.training.loss import BarlowTwinsLoss, cross_correlation
-from barlow.training.optim import LARS, warmup_cosine
+from barlow.training.optim import build, warmup_cosine
 from barlow.training.views import TwinViews
 
 CORNER = 128  # rows and columns of C kept for the report
@@ -48,17 +49,20 @@ class Training:
         torch.manual_seed(p.seed)
         network = model.BarlowTwins(params.model, params.views.size).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = model.synchronised(network, device) if world > 1 else network
-        if p.compile:
-            self.network.compile()
+        loading.check_microbatch(p, world)
         self.twins: nn.Module = self.network  # what the loop calls
+        if p.microbatch is not None and p.microbatch < p.batch_size // world:
+            self.twins = model.Microbatches(self.network, p.microbatch)
+        if p.compile:
+            for module in [self.network] if self.twins is self.network else self.network.children():
+                module.compile()
         if world > 1:
             with warnings.catch_warnings():  # torch 2.15 renames the option, and 2.14 does not know the new name
                 warnings.simplefilter("ignore", FutureWarning)
-                self.twins = DistributedDataParallel(self.network, broadcast_buffers=False)  # they are the same already
+                self.twins = DistributedDataParallel(self.twins, broadcast_buffers=False)  # they are the same already
         self.weights = [w for w in self.network.parameters() if w.ndim > 1]
         self.biases = [w for w in self.network.parameters() if w.ndim <= 1]
-        groups = [{"params": self.weights}, {"params": self.biases}]
-        self.optimizer = LARS(groups, 0.0, p.momentum, p.weight_decay, p.trust_coefficient, p.clip)
+        self.optimizer = build(p, self.weights, self.biases)
         self.p, self.device = p, device
         self.step = 0
         self.sums = torch.zeros(len(BarlowTwinsLoss._fields), device=device)  # of the loss and its terms, this epoch
@@ -123,11 +127,12 @@ class Training:
         keys = self.views.keys(step)
         self.writer.wait()
         what = "loss is" if finite < self.step else "weights are"
+        lower = ["lr_weights", "lr_biases", *(["trust_coefficient"] if self.p.optimizer in ("lars", "larc") else [])]
+        *first, last = (f"pretrain.{name}={getattr(self.p, name)}" for name in lower)
         raise UserError(
             f"the {what} not finite at step {step}, with learning rates {weights:.3g} (weights) and {biases:.3g} "
-            f"(biases): lower pretrain.lr_weights={self.p.lr_weights}, pretrain.lr_biases={self.p.lr_biases} or "
-            f"pretrain.trust_coefficient={self.p.trust_coefficient}, or raise "
-            f"pretrain.warmup_epochs={self.p.warmup_epochs}; the batch was {', '.join(keys[:NAMED_KEYS])}"
+            f"(biases): lower {', '.join(first)} or {last}, or raise pretrain.warmup_epochs={self.p.warmup_epochs}; "
+            f"the batch was {', '.join(keys[:NAMED_KEYS])}"
             f"{f' and {len(keys) - NAMED_KEYS} more' if len(keys) > NAMED_KEYS else ''}; "
             f"the last good checkpoint is {checkpoint.newest(self.folder) or 'none yet'}"
         )
@@ -168,7 +173,7 @@ class Training:
         """Return the tensors that training changes; no copies."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         for i, w in enumerate(self.weights + self.biases):
-            tensors[f"momentum.{i}"] = self.optimizer.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+            tensors |= {f"{name}.{i}": value for name, value in self.optimizer.state[w].items()}
         return tensors | {"sums": self.sums, "finite_steps": self.finite_steps}
 
     def resume(self) -> str:
