@@ -22,7 +22,7 @@ from barlow.core.errors import Interrupted
 from barlow.core.weights import save_weights
 from barlow.evaluation import features
 from barlow.settings.params import Params
-from barlow.training import checkpoint, distributed, model
+from barlow.training import checkpoint, distributed, model, steps
 from barlow.training.dry_run import describe, headline
 from barlow.training.loss import ablated_loss
 from barlow.training.progress import Curves, Progress
@@ -62,6 +62,8 @@ def train(params: Params, device: torch.device, written: type[Curves] = Curves) 
     if chatty:
         for text in checkpoint.others(run.folder, run.identity):
             print(f"warning: {text}", file=sys.stderr)
+        if few := steps.warning(run.total_steps, p.epochs):
+            print(f"warning: {few}", file=sys.stderr)
         print(headline(run, bf16), resumed, sep="\n", flush=True)
     run.views.build()
     curves = written(run.history)
@@ -103,7 +105,7 @@ def finish(run: Training) -> None:
     metadata = run.identity | {"version": __version__, "steps": run.step}
     save_weights(files.ENCODER, run.network.backbone.state_dict(), metadata)
     save_weights(files.CORRELATION, run.correlation, {})
-    whole = {"epochs": len(run.history), "seconds": sum(row["seconds"] for row in run.history)}
+    whole = {"epochs": len(run.history), "steps": run.step, "seconds": sum(row["seconds"] for row in run.history)}
     where = {"hardware": provenance.hardware(), "processes": distributed.world_size()}
     files.write_json(files.REPORTS / "pretrain.json", run.history[-1] | whole | where)
     shutil.rmtree(run.folder, ignore_errors=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from barlow.settings.params import Params
-from barlow.training import distributed, model
+from barlow.training import distributed, model, steps
 from barlow.training.loss import barlow_twins_loss, form
 from barlow.training.state import Training
 from barlow.training.views import part
@@ -22,8 +22,9 @@ def headline(run: Training, bf16: bool) -> str:
     """Return one line on what is about to run."""
     p, world = run.p, distributed.world_size()
     return (
-        f"{p.epochs} epochs of {run.epoch_steps} steps of {p.batch_size} on {run.device}, {world} process(es), "
-        f"{'bf16' if bf16 else 'fp32'}, {form(p.batch_size, run.network.dim)} loss"
+        f"{run.views.images:,} images, {run.epoch_steps:,} batches of {p.batch_size} per epoch, {p.epochs} epochs, "
+        f"{run.total_steps:,} steps on {run.device}, {world} process(es), {'bf16' if bf16 else 'fp32'}, "
+        f"{form(p.batch_size, run.network.dim)} loss"
     )
 
 
@@ -52,6 +53,7 @@ def describe(params: Params) -> str:
         "model": f"{m.arch}, {m.stem} stem, {parameters['backbone']:,} parameters",
         "projector": f"{'-'.join(map(str, m.projector))}, {parameters['projector']:,} parameters",
         "steps": f"{run.total_steps:,}: {p.epochs} epochs of {run.epoch_steps:,}, of {p.batch_size} images each",
+        **({"warning": few} if (few := steps.warning(run.total_steps, p.epochs)) else {}),
         "processes": f"{processes} on {device.type}, {local} images each, {'bf16' if bf16 else 'fp32'}",
         "learning rate": f"{weights:.4g} (weights) and {biases:.4g} (biases) after {p.warmup_epochs:g} epochs of "
         f"warm-up, down to {last:.2g} along a cosine",
