@@ -149,7 +149,7 @@ if stage == "evaluate":
     linear = {"top1": float(Path("models/encoder").read_text()), "low": 0, "high": 100}
     scores = {"linear": linear, "knn": None, "l2": 0.001, "few_labels": {}, "health": None}
     images = {"train": 1000, "val": 1000, "test": 1000}
-    metrics = {"classes": 10, "images": images, "encoders": {"pretrained": scores}}
+    metrics = {"classes": 10, "images": images, "encoders": {"pretrained": scores}, "gains": {}}
     Path("reports/evaluate.json").write_text(json.dumps(metrics))
 """
 DVC = """
@@ -227,6 +227,7 @@ def test_what_has_run_is_not_run_again_and_what_failed_or_was_stopped_is(stub, m
     assert (base["base"], base["mean"], other["base"], other["mean"]) == (True, pytest.approx(50.002), False, None)
     assert other["runs"] == [{"seed": 0, "failed": "barlow pretrain: the loss is not finite at step 3"}]
     assert (told["verdict"], first["seconds"]) == ("contradicted", 2)
+    assert first["data"] == sources.identity(loading.load().ingest)
     assert first["revision"] == run(project, "git", "rev-parse", "HEAD").strip()
     (control / "broken").unlink()
 
