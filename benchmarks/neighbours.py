@@ -31,9 +31,10 @@ def coarse(bits):
 
     def make(source, target, _):
         proto = onnx.load(source)
+        filters = {node.input[1] for node in proto.graph.node if node.op_type == "Conv"}
         for tensor in proto.graph.initializer:
-            values = numpy_helper.to_array(tensor)
-            if values.ndim == 4:
+            if tensor.name in filters:
+                values = numpy_helper.to_array(tensor)
                 step = np.abs(values).max((1, 2, 3), keepdims=True) / (2 ** (bits - 1) - 1)
                 rounded = np.round(values / np.where(step > 0, step, 1)) * step
                 tensor.CopyFrom(numpy_helper.from_array(rounded.astype(np.float32), tensor.name))
