@@ -11,8 +11,10 @@ from scipy import stats
 
 from barlow import claims, cli
 from barlow.core import files
+from barlow.data import sources
 from barlow.evaluation.figures import Evaluation, Images, Scores
 from barlow.experiments import grid
+from barlow.settings import loading
 
 ROOT = Path(__file__).parent.parent
 PASS, FAIL, MAYBE = (1.0, 5.0), (-9.0, -1.0), (-2.0, 3.0)
@@ -50,7 +52,7 @@ def runs_of(*percents):
 
 def test_an_experiment_without_labels_counts_as_failed():
     scores = {"seed": 1, "failed": "no accuracy: train, val or test has no labels"}
-    bare = Evaluation(0, Images(0, 0, 0), {"pretrained": Scores(None, None, None, {}, None)})
+    bare = Evaluation(0, Images(0, 0, 0), {"pretrained": Scores(None, None, None, {}, None)}, {})
     assert claims.outcome(1, "e", {"e": bare}, {}) == scores
     assert claims.outcome(1, "e", {}, {"e": "out of memory"}) == {"seed": 1, "failed": "out of memory"}
 
@@ -112,6 +114,8 @@ def test_an_unknown_claim_and_other_data_end_before_anything_runs(monkeypatch, c
 
 def test_the_file_in_git_is_one_that_claims_wrote_or_the_first():
     there = files.read_json(ROOT / files.CLAIMS)
+    # of the data that the default run has: its report shows them
+    assert there["claims"] == [] or there["data"] == sources.identity(loading.load(ROOT / "params.yaml").ingest)
     assert there["claims"] == [] or {claim["verdict"] for claim in there["claims"]} <= {
         "shown", "not shown", "contradicted"
     }  # fmt: skip
@@ -145,7 +149,7 @@ if stage == "evaluate":
     linear = {"top1": float(Path("models/encoder").read_text()), "low": 0, "high": 100}
     scores = {"linear": linear, "knn": None, "l2": 0.001, "few_labels": {}, "health": None}
     images = {"train": 1000, "val": 1000, "test": 1000}
-    metrics = {"classes": 10, "images": images, "encoders": {"pretrained": scores}}
+    metrics = {"classes": 10, "images": images, "encoders": {"pretrained": scores}, "gains": {}}
     Path("reports/evaluate.json").write_text(json.dumps(metrics))
 """
 DVC = """
@@ -223,6 +227,7 @@ def test_what_has_run_is_not_run_again_and_what_failed_or_was_stopped_is(stub, m
     assert (base["base"], base["mean"], other["base"], other["mean"]) == (True, pytest.approx(50.002), False, None)
     assert other["runs"] == [{"seed": 0, "failed": "barlow pretrain: the loss is not finite at step 3"}]
     assert (told["verdict"], first["seconds"]) == ("contradicted", 2)
+    assert first["data"] == sources.identity(loading.load().ingest)
     assert first["revision"] == run(project, "git", "rev-parse", "HEAD").strip()
     (control / "broken").unlink()
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from barlow import evaluate
@@ -99,6 +100,39 @@ def test_baselines_have_the_same_figures(metrics):
     assert metrics["encoders"]["pixels"]["health"] is None
 
 
+def test_gains_are_the_differences_on_the_same_images(metrics, smoke):
+    assert [(name, *sorted(kinds)) for name, kinds in sorted(metrics["gains"].items())] == [
+        ("pixels", "knn", "linear"),
+        ("random", "knn", "linear"),
+    ]
+    k, right = smoke.evaluate.knn_k, {}
+    for encoder in ("pretrained", "random"):
+        train, test = (features.load(encoder, name) for name in ("train", "test"))
+        weights = {"weights": lambda d: np.exp((1 - d) / smoke.evaluate.knn_temperature)}
+        oracle = KNeighborsClassifier(k, metric="cosine", **weights).fit(train.features.double(), train.labels)
+        right[encoder] = oracle.predict(test.features.double()) == test.labels.numpy()
+    only = [(right[a] & ~right[b]).sum() for a, b in (("pretrained", "random"), ("random", "pretrained"))]
+    low, high = intervals.paired_interval(*only, 60)
+    assert metrics["gains"]["random"]["knn"] == pytest.approx(
+        {"points": 100 * (only[0] - only[1]) / 60, "low": low, "high": high}
+    )
+    for name, gain in metrics["gains"].items():
+        top1 = [metrics["encoders"][each]["linear"]["top1"] for each in ("pretrained", name)]
+        assert gain["linear"]["points"] == pytest.approx(top1[0] - top1[1])
+
+
+def test_the_verdict_is_printed_below_the_table(extracted, smoke, capsys):
+    evaluate.run(smoke)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].startswith("Pretraining paid: ")
+    assert said[-1].startswith("note: The linear probe's l2 was chosen on 40 labelled images of val.")
+    features.save("pixels", {name: features.load("pretrained", name) for name in SIZES})
+    evaluate.run(smoke)
+    said = capsys.readouterr().out
+    assert "the encoder is no better than pixels by linear probe and no better than pixels by kNN.\n" in said
+    assert "What to try, in this order:\n  1. `barlow recommend`" in said
+
+
 def test_few_label_probes_are_means_over_draws(metrics):
     with files.FEW_LABELS.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -123,7 +157,7 @@ def test_baselines_can_be_left_out(metrics, smoke, change):
         (files.FEATURES / f"{name}.safetensors").unlink()
     evaluate.run(change(smoke, "extract", baselines=False))
     kept = {"pretrained": metrics["encoders"]["pretrained"]}
-    assert files.read_json("reports/evaluate.json") == metrics | {"encoders": kept}
+    assert files.read_json("reports/evaluate.json") == metrics | {"encoders": kept, "gains": {}}
 
 
 def test_it_is_deterministic(metrics, smoke):
@@ -153,6 +187,7 @@ def test_without_labels_health_is_all(tmp_path, monkeypatch, smoke, split, capsy
     metrics = files.read_json("reports/evaluate.json")
     assert "top1" not in (files.REPORTS / "evaluate.json").read_text()
     assert metrics["images"][split] == 0
+    assert metrics["gains"] == {}
     health = metrics["encoders"]["pretrained"]["health"]
     assert health["effective_rank"] > 1
     assert health["alignment"] > 0 > health["uniformity"]

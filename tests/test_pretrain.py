@@ -400,7 +400,9 @@ def assert_close(losses, expected):
 @pytest.mark.slow
 def test_two_processes_are_stopped_and_one_goes_on_along_the_same_curve(project, gentle, gentle_losses, change, capsys):
     with started(change(gentle, "pretrain", processes=2)) as process:
-        read_to(process, "4 epochs of 6 steps of 32 on cpu, 2 process(es), fp32, dual loss")
+        read_to(
+            process, "200 images, 6 batches of 32 per epoch, 4 epochs, 24 steps on cpu, 2 process(es), fp32, dual loss"
+        )
         read_to(process, "epoch 1/4  loss")
         ranks = children(process.pid)
         assert len(ranks) == 2

@@ -1,4 +1,6 @@
 import csv
+import dataclasses
+import json
 import re
 import shutil
 from collections import Counter
@@ -63,7 +65,7 @@ def project(tmp_path_factory, smoke):
     root = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        stages.write()
+        stages.write(claimed=smoke.ingest)
         report.run(smoke)
     return root
 
@@ -87,7 +89,7 @@ def accuracies(project):
         if isinstance(value, dict):
             for key, part in value.items():
                 walk(part, f"{name}.{key}" if name else key)
-        elif name.endswith((".top1", ".low", ".high")):
+        elif name.endswith((".top1", ".low", ".high")) and not name.startswith("gains."):
             found[name] = value
 
     for name in ("evaluate", "finetune"):
@@ -143,26 +145,66 @@ def test_the_headline_says_what_evaluate_measured(project, page):
         top1, low, high = (accuracy[key] for key in ("top1", "low", "high"))
         assert f"{top1:.1f} % {low:.1f} to {high:.1f}" in text
         assert {"class": "bar", "style": f"width:{top1}%"} in [a for _, a in page.tags]
-    assert "do not overlap: pretraining, which used no label, made the difference" in text
+    assert "Pretraining paid: on these images the encoder is better than the same network untrained and pixels." in text
+    assert text.count("+9.1 points (+5.5 to +12.5)") == 4
+    assert "What to try" not in text
     assert "chance, 1 of 5 classes: 20.0" in text
     assert page.row("headline", "effective rank") == ["87.65", "9.88"]
     assert page.row("headline", "correlation") == ["0.12", "0.12"]
     assert page.row("headline", "uniformity") == ["−2.35", "−2.35"]
 
 
-@pytest.mark.parametrize(("low", "high", "said"), [(50, 60, "intervals overlap"), (70, 80, "made the features worse")])
-def test_a_bad_result_is_called_one(copy, smoke, low, high, said):
+def test_pretraining_that_did_not_pay_is_told_with_what_to_try(copy, smoke):
     path = files.REPORTS / "evaluate.json"
     metrics = files.read_json(path)
-    metrics["encoders"]["random"]["linear"] |= {"low": low, "high": high}
+    metrics["gains"]["pixels"]["knn"] = {"points": -15.8, "low": -18.2, "high": -13.4}
     files.write_json(path, metrics)
-    assert said in render(smoke).text["headline"]
+    page = render(smoke)
+    text = " ".join(page.text["headline"].split())
+    assert "Pretraining did not pay everywhere: on these images the encoder is worse than pixels by kNN." in text
+    assert "Worse than pixels by kNN: −15.8 points (−18.2 to −13.4)" in text
+    tries = [text.index(word) for word in ("barlow recommend", "pretrain.epochs", "barlow tune", "views.size")]
+    assert tries == sorted(tries)
+    assert "`" not in text
+    assert ("div", {"class": "told unpaid"}) in page.tags
+
+
+def test_few_steps_and_few_val_images_are_noted(copy, smoke):
+    text = render(smoke).text
+    assert "Note: The linear probe's l2 was chosen on 10 labelled images of val." in text["headline"]
+    assert "steps are few" not in text["headline"]
+    assert "14 epochs, 1,526 steps in 245 s" in text["curves"]
+    files.write_json(files.PRETRAINING, files.read_json(files.PRETRAINING) | {"steps": 14})
+    assert "Note: 14 steps are few: " in render(smoke).text["headline"]
+
+
+def test_an_encoder_of_any_name_has_its_bars_its_line_and_its_columns(copy, smoke):
+    path = files.REPORTS / "evaluate.json"
+    metrics = files.read_json(path)
+    metrics["encoders"] |= {"v<1>": json.loads(json.dumps(metrics["encoders"]["random"]))}
+    metrics["encoders"]["v<1>"]["health"]["effective_rank"] = 55.55
+    metrics["gains"]["v<1>"] = metrics["gains"]["random"]
+    files.write_json(path, metrics)
+    page = render(smoke)
+    keys = {key for section, key, _ in page.figures if section in ("headline", "few-labels") and "v<1>" in key}
+    assert keys == {key for key in accuracies(files.Path()) if key.startswith("encoders.v<1>.")}
+    assert page.row("headline", "effective rank") == ["87.65", "9.88"]
+    assert "55.55" in page.cells["headline"][page.cells["headline"].index("9.88 ") + 1]
+    assert [cell.strip() for cell in page.cells["few-labels"][:5]] == [
+        "labels",
+        "pretrained",
+        "random",
+        "pixels",
+        "v<1>",
+    ]
+    assert sum(tag == "g" and a["class"] == "s6" for tag, a in page.tags) == 1
+    assert "better than the same network untrained, pixels and v<1>." in " ".join(page.text["headline"].split())
 
 
 def test_without_baselines_the_page_says_so(copy, smoke):
     path = files.REPORTS / "evaluate.json"
     metrics = files.read_json(path)
-    files.write_json(path, metrics | {"encoders": {"pretrained": metrics["encoders"]["pretrained"]}})
+    files.write_json(path, metrics | {"encoders": {"pretrained": metrics["encoders"]["pretrained"]}, "gains": {}})
     page = render(smoke)
     assert "extract.baselines" in page.text["headline"]
     assert "same network untrained" not in page.text["headline"]
@@ -172,7 +214,7 @@ def test_without_baselines_the_page_says_so(copy, smoke):
 
 def test_without_labels_the_page_says_so(tmp_path, monkeypatch, smoke):
     monkeypatch.chdir(tmp_path)
-    stages.write(labelled=False, claimed=False)
+    stages.write(labelled=False)
     page = render(smoke)
     assert "No accuracy" in page.text["headline"]
     assert "87.7" in page.text["headline"]
@@ -220,7 +262,7 @@ def test_a_run_of_one_step(tmp_path, monkeypatch, smoke):
     before = load_weights(files.CORRELATION)[0]["before"]
     save_weights(files.CORRELATION, {"before": before}, {})
     page = render(smoke)
-    assert "1 epoch in" in page.text["curves"]
+    assert "1 epoch, 109 steps in" in page.text["curves"]
     assert "last step" not in page.text["correlation"]
     assert "middle of the run" not in page.text["correlation"]
 
@@ -363,19 +405,35 @@ def test_what_is_known_of_the_encoder(tmp_path, monkeypatch):
     assert facts["This page"]["hardware"] == provenance.hardware()
 
 
-def test_claims_are_shown_with_the_data_they_were_tested_on_alone(tmp_path, monkeypatch):
+def test_claims_are_shown_with_the_data_they_were_tested_on_alone(tmp_path, monkeypatch, smoke):
     monkeypatch.chdir(tmp_path)
-    assert report.claims("synthetic") == {"claims": []}
-    files.write_json(files.CLAIMS, stages.claims())
-    assert report.claims("synthetic")["claims"]
-    assert report.claims("photos") == {"claims": []}
-    old = {
-        "data": "synthetic",
-        "claims": [{"points": [{"mean": 1.0, "low": 0, "high": 2, "runs": [{"linear_top1": 1}]}]}],
-    }
-    for document in (old, {"data": "synthetic", "claims": [{}]}, {"data": "synthetic", "claims": 1}):
+    ingest = smoke.ingest
+    assert report.claims(ingest) == {"claims": [], "elsewhere": None}
+    files.write_json(files.CLAIMS, stages.claims(ingest))
+    assert report.claims(ingest)["claims"]
+    more = dataclasses.replace(ingest, synthetic=dataclasses.replace(ingest.synthetic, unlabelled=401))
+    assert report.claims(more) == {"claims": [], "elsewhere": "synthetic"}
+    photos = dataclasses.replace(ingest, source="photos")
+    assert report.claims(photos) == {"claims": [], "elsewhere": "synthetic"}
+    files.write_json(files.CLAIMS, stages.claims(photos))
+    assert report.claims(dataclasses.replace(more, source="photos"))["claims"]  # nothing of these is drawn
+    points = {"claims": [{"points": [{"mean": 1.0, "low": 0, "high": 2, "runs": [{"linear_top1": 1}]}]}]}
+    data = {"data": stages.claims(ingest)["data"]}
+    for document in (data | points, data | {"claims": [{}]}, data | {"claims": 1}, points | {"data": "synthetic"}, {}):
         files.write_json(files.CLAIMS, document)
         with pytest.raises(
             UserError, match=r"reports/claims\.json is damaged or of an older version; run `barlow claims`"
         ):
-            report.claims("synthetic")
+            report.claims(ingest)
+
+
+def test_claims_of_other_data_are_named_and_how_to_test_them_here(copy, smoke, change):
+    for values, remedy in (
+        ({"source": "/data/photos"}, "set its data to /data/photos, and run make claims PRESET=mine"),
+        ({"val_fraction": 0.1}, "synthetic with other settings of ingest. make claims tests the claims here"),
+    ):
+        page = render(change(smoke, "ingest", **values))
+        text = " ".join(page.text["claims"].split())
+        assert "Not tested on these images: reports/claims.json is of other data, synthetic" in text
+        assert remedy in text
+        assert "Contradicted" not in text

@@ -19,4 +19,9 @@ def test_it_says_where_the_report_lies(tmp_path, monkeypatch, capsys):
     summary.run()
     assert "supervised" not in capsys.readouterr().out
     assert "reports/index.html" in out
+    assert "\nPretraining paid: " in out
+    assert "steps" not in out
+    files.write_json(files.PRETRAINING, {"steps": 12, "epochs": 3})
+    summary.run()
+    assert "\nnote: 12 steps are few: " in capsys.readouterr().out
     assert "not there" in out  # the encoder

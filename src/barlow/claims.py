@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from barlow.core import files, provenance
+from barlow.data import sources
 from barlow.evaluation import figures, intervals
 from barlow.evaluation.figures import Evaluation
 from barlow.experiments import grid, runs
@@ -61,8 +62,10 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
             points.append({"label": point.label, "base": is_base, "params": point.params} | measure(outcomes, images))
         judged[claim.name] = judge(claim, points) | {"revision": revision}
         print(table(judged[claim.name]), end="\n\n", flush=True)
+    data = sources.identity(params.ingest)
     previous = files.read_json(files.CLAIMS) if files.CLAIMS.exists() else {}
-    others = {claim["name"]: claim for claim in previous["claims"]} if previous.get("preset") == preset else {}
+    same = previous.get("preset") == preset and previous.get("data") == data
+    others = {claim["name"]: claim for claim in previous["claims"]} if same else {}
     judged = others | judged
     files.write_json(
         files.CLAIMS,
@@ -72,7 +75,7 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
             "hardware": provenance.hardware(),
             "seconds": seconds,  # of pretraining, in all experiments of this call
             "seeds": plan.seeds,
-            "data": plan.data,
+            "data": data,
             "claims": [judged[claim.name] for claim in plan.claims if claim.name in judged],
         },
     )

@@ -8,7 +8,7 @@ and its limits. Without labels, only the health of the features is measured.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +19,9 @@ from torch import Tensor
 from barlow.core import files, webdataset
 from barlow.core.progress import shown
 from barlow.core.weights import save_weights
-from barlow.evaluation import features, intervals, probe, tables
+from barlow.evaluation import features, intervals, probe, tables, verdict
 from barlow.evaluation.features import Split
-from barlow.evaluation.figures import Budget, Evaluation, FewLabels, Health, Images, Scores, write
+from barlow.evaluation.figures import Budget, Evaluation, FewLabels, Gain, Health, Images, Scores, write
 from barlow.settings.params import Evaluate, Params
 from barlow.training import health
 
@@ -44,7 +44,7 @@ class Result(NamedTuple):
 
     scores: Scores  # without health
     head: dict[str, Tensor]  # weight (classes, dim) and bias (classes,) of the linear probe
-    predictions: Tensor  # int64 (test images,), the linear probe's
+    predictions: dict[str, Tensor]  # int64 (test images,), by "linear" and "knn"
     draws: list[Draw]
 
 
@@ -64,6 +64,7 @@ def run(params: Params) -> None:
         len(classes),
         Images(**{name: int((each >= 0).sum()) for name, each in labels.items()}),
         {name: replace(result.scores, health=measure_health(name)) for name, result in results.items()},
+        gains({name: result.predictions for name, result in results.items()}, labels["test"]),
     )
     write(files.EVALUATION, evaluation)
 
@@ -71,20 +72,21 @@ def run(params: Params) -> None:
     save_weights(files.HEAD, pretrained.head, {"classes": classes if pretrained.head else []})
     draws = [(encoder, *draw) for encoder, result in results.items() for draw in result.draws]
     write_csv(files.FEW_LABELS, ("encoder", *Draw._fields), draws)
-    pairs = zip(labels["test"].tolist(), pretrained.predictions.tolist(), strict=False)  # nothing predicted, no pair
+    predicted = pretrained.predictions.get("linear", torch.zeros(0)).tolist()
+    pairs = zip(labels["test"].tolist(), predicted, strict=False)  # nothing predicted, no pair
     write_csv(files.CONFUSION, ("actual", "predicted"), ([classes[i] for i in pair] for pair in pairs))
-    print(tables.table(evaluation, None))
+    print(tables.table(evaluation, None), *verdict.lines(evaluation), sep="\n")
 
 
 def score(splits: dict[str, Split], classes: int, p: Evaluate, encoder: str) -> Result:
     """Fit the probes and kNN on train, choose on val, and read test once each; `encoder` names the progress."""
     if not all((split.labels >= 0).any() for split in splits.values()):
-        return Result(Scores(None, None, None, {}, None), {}, torch.zeros(0, dtype=torch.long), [])
+        return Result(Scores(None, None, None, {}, None), {}, {}, [])
     train, val, test = ((split.features.float(), split.labels) for split in splits.values())
     predicted = probe.predict(train, val, test[0], classes, p.probe_l2, p.knn_k, p.knn_temperature)
+    predictions = {"linear": predicted.linear, "knn": predicted.knn}
     linear, knn = (
-        intervals.mean_accuracy([probe.accuracy(predictions, test[1])], len(test[1]))
-        for predictions in (predicted.linear, predicted.knn)
+        intervals.mean_accuracy([probe.accuracy(each, test[1])], len(test[1])) for each in predictions.values()
     )
     few_labels, draws = {}, list[Draw]()
     for budget in budgets(p) if p.draws else ():
@@ -94,7 +96,18 @@ def score(splits: dict[str, Split], classes: int, p: Evaluate, encoder: str) -> 
         few_labels[str(budget)] = FewLabels(budget, fitted[0].images, top1)
         draws += fitted
     head = {"weight": predicted.weight, "bias": predicted.bias}
-    return Result(Scores(linear, knn, predicted.l2, few_labels, None), head, predicted.linear, draws)
+    return Result(Scores(linear, knn, predicted.l2, few_labels, None), head, predictions, draws)
+
+
+def gains(predictions: Mapping[str, Mapping[str, Tensor]], labels: Tensor) -> dict[str, dict[str, Gain]]:
+    """Compare the pretrained encoder's predictions with each other encoder's, by "linear" and "knn"."""
+    right = {name: {kind: each == labels for kind, each in kinds.items()} for name, kinds in predictions.items()}
+    pretrained = right.pop("pretrained")
+    return {
+        name: {kind: intervals.gain(pretrained[kind], each) for kind, each in kinds.items()}
+        for name, kinds in right.items()
+        if kinds
+    }
 
 
 def few_label_probe(

@@ -22,7 +22,7 @@ from barlow.core.errors import Interrupted
 from barlow.core.weights import save_weights
 from barlow.evaluation import features
 from barlow.settings.params import Params
-from barlow.training import checkpoint, distributed, model
+from barlow.training import checkpoint, distributed, health, model
 from barlow.training.dry_run import describe, headline
 from barlow.training.loss import ablated_loss
 from barlow.training.progress import Curves, Progress
@@ -62,6 +62,8 @@ def train(params: Params, device: torch.device, written: type[Curves] = Curves) 
     if chatty:
         for text in checkpoint.others(run.folder, run.identity):
             print(f"warning: {text}", file=sys.stderr)
+        if few := health.few_steps(run.total_steps, p.epochs):
+            print(f"warning: {few}", file=sys.stderr)
         print(headline(run, bf16), resumed, sep="\n", flush=True)
     run.views.build()
     curves = written(run.history)
@@ -105,7 +107,7 @@ def finish(run: Training, params: Params) -> None:
     features.whiten(encoder, run.device)
     save_weights(files.ENCODER, encoder.state_dict(), metadata)
     save_weights(files.CORRELATION, run.correlation, {})
-    whole = {"epochs": len(run.history), "seconds": sum(row["seconds"] for row in run.history)}
+    whole = {"epochs": len(run.history), "steps": run.step, "seconds": sum(row["seconds"] for row in run.history)}
     where = {"hardware": provenance.hardware(), "processes": distributed.world_size()}
     files.write_json(files.REPORTS / "pretrain.json", run.history[-1] | whole | where)
     shutil.rmtree(run.folder, ignore_errors=True)

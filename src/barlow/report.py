@@ -19,11 +19,11 @@ import yaml
 from barlow.core import files, images, provenance, webdataset
 from barlow.core.errors import UserError
 from barlow.core.weights import load_metadata, load_weights
-from barlow.data import manifest, validation
-from barlow.evaluation import features
+from barlow.data import manifest, sources, validation
+from barlow.evaluation import features, tables, verdict
 from barlow.evaluation.figures import Evaluation, Exporting, FineTuning, leaves, read
 from barlow.reporting import charts, gallery, pages, pictures, results
-from barlow.settings.params import Params
+from barlow.settings.params import Ingest, Params
 from barlow.training import views
 
 LINEAR = ("std", "lr", "samples_per_second", "data_wait", "gradient_norm", "weight_norm")
@@ -58,7 +58,7 @@ def run(params: Params) -> None:
     for path, stage in INPUTS.items():
         files.require(path, stage)
     evaluation, finetuning = read(Evaluation, files.EVALUATION), read(FineTuning, files.FINETUNING)
-    classes = webdataset.classes()
+    classes, pretraining = webdataset.classes(), files.read_json(files.PRETRAINING)
     test = features.load("pretrained", "test")
     correlation = load_weights(files.CORRELATION)[0]
     confusion = results.confusion(pages.read_table(files.CONFUSION), classes)
@@ -66,7 +66,7 @@ def run(params: Params) -> None:
     sections = yaml.safe_dump(json.loads(json.dumps(stage_sections(params))), sort_keys=False, allow_unicode=True)
     page = {
         "validation": validation.read(),
-        "pretraining": files.read_json(files.PRETRAINING),
+        "pretraining": pretraining,
         "evaluation": evaluation,
         "supervised": finetuning.supervised,
         "exporting": read(Exporting, files.EXPORTING),
@@ -75,7 +75,10 @@ def run(params: Params) -> None:
         "params_yaml": sections,
         "classes": classes,
         "test_images": len(test.keys),
+        "encoders": tables.titles(evaluation, results.ENCODERS),
         "methods": results.methods(evaluation, finetuning),
+        "verdict": verdict.verdict(evaluation),
+        "notes": verdict.notes(evaluation, pretraining),
         "label_budgets": results.label_budgets(evaluation),
         "few_labels_chart": results.few_labels(evaluation, finetuning, pages.read_table(files.FEW_LABELS)),
         "examples": examples(classes),
@@ -95,7 +98,7 @@ def run(params: Params) -> None:
         "map": gallery.embedding_map(test, classes),
         **shown(test, classes, confusion, params.report.images),
         "class_ends": results.ends(confusion["by_class"]) if confusion else [],
-        "claims": claims(params.ingest.source),
+        "claims": claims(params.ingest),
         "provenance": facts(),
         "packages": provenance.packages(),
     }
@@ -163,12 +166,14 @@ def shown(test: features.Split, classes: list[str], confusion: dict[str, Any] | 
     return {"neighbours": neighbours, "confusion": confusion}
 
 
-def claims(source: str) -> dict[str, Any]:
-    """Return reports/claims.json with each claim laid out; no claims if they were tested on another source."""
+def claims(ingest: Ingest) -> dict[str, Any]:
+    """Return reports/claims.json with each claim laid out; if they were tested on other data, `elsewhere` names it."""
     document: dict[str, Any] = files.read_json(files.CLAIMS) if files.CLAIMS.exists() else {"claims": []}
-    if document.get("data") != source:
-        return {"claims": []}
     try:
+        if document["claims"] == []:
+            return {"claims": [], "elsewhere": None}
+        if document["data"] != sources.identity(ingest):
+            return {"claims": [], "elsewhere": document["data"]["source"]}
         return document | {"claims": [results.claim(entry) for entry in document["claims"]]}
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{files.CLAIMS} is damaged or of an older version; run `barlow claims` again") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from barlow.core import files
-from barlow.evaluation import tables
+from barlow.evaluation import tables, verdict
 from barlow.evaluation.figures import Evaluation, FineTuning, read
 
 
@@ -17,6 +17,8 @@ def run() -> None:
     if not files.ONNX.exists():
         print("Nothing was run here yet. These figures are in git, of an earlier run:")
     finetuning = read(FineTuning, files.FINETUNING) if files.FINETUNING.exists() else None
-    print(tables.table(read(Evaluation, files.EVALUATION), finetuning))
+    evaluation = read(Evaluation, files.EVALUATION)
+    pretraining = files.read_json(files.PRETRAINING) if files.PRETRAINING.exists() else None
+    print(tables.table(evaluation, finetuning), *verdict.lines(evaluation, pretraining), "", sep="\n")
     for title, path in {"encoder": files.ONNX, "report": files.REPORT}.items():
         print(f"{title:<26}{path if path.exists() else 'not there: run `dvc repro`'}")

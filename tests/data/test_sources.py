@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import os
 
 import pandas as pd
@@ -208,3 +210,14 @@ def test_prepare_cut_off_starts_again(source, monkeypatch):
     monkeypatch.setattr(synthetic, "write", lambda root, p: make(root, "train/cat/whole.jpg"))
     sources.prepare(source("synthetic"))
     assert sources.find(source("synthetic"))[0]["path"].to_pylist() == ["train/cat/whole.jpg"]
+
+
+def test_data_are_the_same_if_what_decides_them_is(smoke):
+    drawn = sources.identity(smoke.ingest)
+    assert drawn == json.loads(json.dumps(drawn))  # as a file holds it
+    assert {"source", "labels", "include", "val_fraction", "synthetic"} <= {*drawn}
+    more = dataclasses.replace(smoke.ingest.synthetic, unlabelled=401)
+    assert sources.identity(dataclasses.replace(smoke.ingest, synthetic=more)) != drawn
+    photos = dataclasses.replace(smoke.ingest, source="photos")
+    assert sources.identity(dataclasses.replace(photos, synthetic=more)) == sources.identity(photos)
+    assert sources.identity(dataclasses.replace(photos, exclude=("*.gif",))) != sources.identity(photos)

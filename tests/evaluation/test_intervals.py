@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from barlow.evaluation import intervals
 
@@ -28,6 +29,16 @@ def test_the_paired_interval_covers_the_difference(p_better, p_worse):
         for low, high in (intervals.paired_interval(b, w, n) for b, w, _ in draws)
     ]
     assert 0.93 <= np.mean(held) <= 0.995
+
+
+def test_a_gain_counts_the_images_that_only_one_gets_right():
+    a, b = np.random.default_rng(0).random((2, 500)) < [[0.8], [0.7]]
+    found = intervals.gain(torch.tensor(a), torch.tensor(b))
+    assert found.points == pytest.approx(100 * (a.mean() - b.mean()))
+    only_a, only_b = (a & ~b).sum(), (b & ~a).sum()
+    assert (found.low, found.high) == intervals.paired_interval(only_a, only_b, 500)
+    assert found.low < found.points < found.high
+    assert str(intervals.gain(torch.tensor([True, True]), torch.tensor([True, False]))).startswith("+50.0 points (")
 
 
 def test_the_paired_interval_is_narrower_than_that_of_two_samples():

@@ -22,7 +22,7 @@ BARE = Scores(None, None, None, {}, SCORES.health)
 
 
 def evaluated(**encoders):
-    return Evaluation(4, Images(40, 20, 20), encoders)
+    return Evaluation(4, Images(40, 20, 20), encoders, {})
 
 
 def few(images):
@@ -106,4 +106,23 @@ def test_without_baselines_their_columns_are_empty():
         ["31.30"],
         ["0.20"],
         ["-2.50"],
+    ]
+
+
+def test_other_encoders_have_columns_of_their_own_after_the_known_ones():
+    name = "a-name-longer-than-a-column"
+    others = {name: replace(SCORES, linear=Accuracy(55.5, 1.0, 99.0), health=None), "b": BARE}
+    table = tables.table(evaluated(b=others["b"], pixels=SCORES, pretrained=SCORES, **{name: others[name]}), None)
+    header, linear, _, rank, *_ = table.splitlines()
+    assert header.endswith(f"{'pixels':>22}  {name}{'b':>22}")
+    end = 26 + 3 * 22 + len(name) + 2
+    assert linear[:end].endswith("55.5 (1.0 to 99.0)")
+    assert linear[end:] == ""
+    assert rank[end:] == f"{'31.30':>22}"
+    assert list(tables.titles(evaluated(b=BARE, pretrained=BARE, a=BARE))) == [
+        "pretrained",
+        "random",
+        "pixels",
+        "a",
+        "b",
     ]

@@ -3,12 +3,12 @@ import pytest
 import stages
 import torch
 from sklearn.manifold import TSNE, trustworthiness
-from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from barlow.core import images, webdataset
 from barlow.core.errors import UserError
 from barlow.evaluation import features
+from barlow.evaluation.neighbours import most_similar
 from barlow.reporting import gallery
 
 
@@ -89,21 +89,10 @@ def test_a_large_test_split_is_mapped_in_part(monkeypatch):
     assert len(gallery.embedding_map(split(60), ["a", "b", "c"])["points"]) == 20
 
 
-@pytest.mark.parametrize("queries", [1000, 25])
-def test_the_most_similar_as_scikit_learn_finds_them(monkeypatch, queries):
-    monkeypatch.setattr(gallery, "QUERIES", queries)
-    vectors = split(300).features
-    similarity, nearest = gallery.most_similar(vectors, 4)
-    distances, wanted = NearestNeighbors(n_neighbors=5, metric="cosine").fit(vectors.numpy()).kneighbors()
-    n = min(queries, 300)
-    assert (nearest.numpy() == wanted[:n, :4]).all()
-    np.testing.assert_allclose(similarity.numpy(), 1 - distances[:n, :4], atol=1e-5)
-
-
 def test_the_best_and_the_worst_by_their_neighbours_classes():
     test = split(90, scale=1.5)
     test.labels[7] = 0  # was 1: its neighbours are of another class
-    _, nearest = gallery.most_similar(test.features, gallery.NEIGHBOURS)
+    _, nearest = most_similar(test.features, gallery.NEIGHBOURS, 1000)
     same = (test.labels[nearest] == test.labels[:, None]).sum(1)
     found = gallery.neighbours(test, 6)
     for kind, extreme in (("best", same.max()), ("worst", same.min())):
@@ -119,7 +108,7 @@ def test_the_best_and_the_worst_by_their_neighbours_classes():
 
 def test_without_labels_similarity_decides():
     test = split(40, labelled=False)
-    alike = gallery.most_similar(test.features, gallery.NEIGHBOURS)[0].mean(1)
+    alike = most_similar(test.features, gallery.NEIGHBOURS, 1000)[0].mean(1)
     found = gallery.neighbours(test, 4)
     assert [row["images"][0] for row in found["best"]] == alike.argsort(descending=True)[:2].tolist()
     assert [row["images"][0] for row in found["worst"]] == alike.argsort()[:2].tolist()

@@ -23,7 +23,7 @@ UNTUNED = FineTuning(1.0, {}, None)
 
 
 def evaluated(**encoders):
-    return Evaluation(10, Images(1000, 300, 500), encoders)
+    return Evaluation(10, Images(1000, 300, 500), encoders, {})
 
 
 def scores(first, few=None, linear=True, knn=True):
@@ -139,8 +139,8 @@ def test_of_many_classes_both_ends_are_shown():
     assert results.ends(rows) == [rows[:15], rows[16:]]
 
 
-def test_a_claim_is_laid_out_over_one_axis():
-    document = stages.claims()
+def test_a_claim_is_laid_out_over_one_axis(smoke):
+    document = stages.claims(smoke.ingest)
     claim = results.claim(document["claims"][0])
     first, second, failed = claim["rows"]
     low, high = 57.0 - 0.06 * 8.5, 65.5 + 0.06 * 8.5  # all that is seen, with a margin
@@ -158,3 +158,18 @@ def test_a_claim_of_which_no_run_ended():
     claim = results.claim(entry)
     assert claim["seeds"] == [3]
     assert "dots" not in claim["rows"][0]
+
+
+def test_encoders_of_any_name_are_shown_after_the_known_ones():
+    evaluation = evaluated(v1=scores(40.0, {FIVE: 50}), pretrained=scores(10.0, {FIVE: 50}), pixels=scores(20.0))
+    (group,) = results.methods(evaluation, UNTUNED)
+    for part, first in (("Linear probe on frozen features", 0.0), ("Weighted kNN on frozen features", 1.0)):
+        shown = {title: (m.key, m.accuracy.top1) for title, m in group["parts"][part].items()}
+        kind = "linear" if first == 0 else "knn"
+        assert shown == {
+            "pretrained": (f"encoders.pretrained.{kind}", 10 + first),
+            "raw pixels": (f"encoders.pixels.{kind}", 20 + first),
+            "v1": (f"encoders.v1.{kind}", 40 + first),
+        }
+        assert list(shown) == ["pretrained", "raw pixels", "v1"]
+    assert list(results.few_labels(evaluation, UNTUNED, [])["series"]) == ["pretrained", "raw pixels", "v1"]

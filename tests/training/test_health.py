@@ -40,3 +40,16 @@ def test_redundancy_is_the_root_mean_square_correlation():
     assert health.rms_correlation(torch.tensor(x).float()) == pytest.approx(expected, rel=1e-4)
     assert health.rms_correlation(torch.ones(50, 8)) == 0
     assert health.rms_correlation(torch.tensor(x[:, :1]).float().repeat(1, 4)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("count", "start"), [(1, "1 step is few"), (12, "12 steps are few"), (499, "499 steps are few")]
+)
+def test_few_steps_are_warned_of_with_the_remedy(count, start):
+    text = health.few_steps(count, 6)
+    assert text.startswith(f"{start}: ")
+    assert text.endswith("; raise pretrain.epochs=6")
+
+
+def test_enough_steps_are_not():
+    assert health.few_steps(500, 6) is None

@@ -56,6 +56,14 @@ def check(source: str) -> None:
         )
 
 
+def identity(p: params.Ingest) -> dict[str, Any]:
+    """Return the settings that decide which images there are, as JSON has them; `synthetic` only where it is read."""
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(p)))  # tuples become lists
+    if p.source != "synthetic":
+        del settings["synthetic"]
+    return settings
+
+
 def prepare(p: params.Ingest) -> None:
     """Fill data/raw if ingest makes or downloads the source, and empty it for any other source.
 

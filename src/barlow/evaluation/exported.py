@@ -17,6 +17,7 @@ from barlow.evaluation.figures import Top1
 from barlow.settings.params import Evaluate
 
 ACCURACY_IMAGES = 10_000  # at most, of train and of test each, that `accuracy` embeds
+COMPARED_IMAGES = 1000  # at most, whose neighbours two encoders are compared by
 
 
 def embed(encoder: Encoder, samples: Iterator[webdataset.Sample]) -> Split:
@@ -41,6 +42,12 @@ def accuracy(encoder: Encoder, p: Evaluate) -> Top1 | None:
         return None
     scores = probe.knn(test.features, *train[:2], len(encoder.classes), p.knn_k, p.knn_temperature)
     return Top1(probe.accuracy(logits.argmax(1), test.labels), probe.accuracy(scores.argmax(1), test.labels))
+
+
+def compared(encoder: Encoder) -> Tensor:
+    """Embed the images that encoders are compared on without labels: val's first, then pretrain's; (images, dim)."""
+    tars = (tar for split in ("val", "pretrain") for tar in webdataset.tars(split))
+    return _embed(encoder, islice(webdataset.read(tars), COMPARED_IMAGES))[0].features
 
 
 def _embed(encoder: Encoder, samples: Iterator[webdataset.Sample]) -> tuple[Split, Tensor]:

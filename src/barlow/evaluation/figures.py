@@ -84,12 +84,25 @@ class Images:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """How many points of accuracy one encoder is above another on the same images, with the paired 95 % interval."""
+
+    points: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.points:+.1f} points ({self.low:+.1f} to {self.high:+.1f})"
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The content of reports/evaluate.json."""
 
     classes: int
     images: Images
-    encoders: dict[str, Scores]  # "pretrained" and, unless extract.baselines is off, "random" and "pixels"
+    encoders: dict[str, Scores]  # "pretrained" and, unless extract.baselines is off, "random" and "pixels"; or more
+    gains: dict[str, dict[str, Gain]]  # of pretrained over each other encoder: "linear" and "knn"; empty without labels
 
 
 @dataclass(frozen=True)
@@ -158,8 +171,9 @@ class Precision:
     """One exported file; without labels its accuracy is unknown."""
 
     top1: Top1 | None
-    bytes: int | None  # None if it was not made
-    written: bool  # False if it lost too much accuracy
+    neighbours: float | None  # percent of nearest neighbours in common with float32; None of fewer than two images
+    bytes: int
+    written: bool  # False if it lost too much accuracy or, without labels, too many neighbours
 
 
 @dataclass(frozen=True)

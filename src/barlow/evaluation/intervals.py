@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
+from torch import Tensor
 
-from barlow.evaluation.figures import Accuracy
+from barlow.evaluation.figures import Accuracy, Gain
 
 
 def wilson_interval(percent: float, n: int) -> tuple[float, float]:
@@ -46,3 +47,9 @@ def paired_interval(better: int, worse: int, n: int) -> tuple[float, float]:
     first, second = (better + 1) / (n + 2), (worse + 1) / (n + 2)
     half = 1.959964 * math.sqrt((first + second - (first - second) ** 2) / (n + 2))
     return 100 * max(first - second - half, -1), 100 * min(first - second + half, 1)
+
+
+def gain(right: Tensor, other: Tensor) -> Gain:
+    """Return how far one encoder is above another; bool (n,) each, whether an image's class was predicted right."""
+    better, worse = int((right & ~other).sum()), int((~right & other).sum())
+    return Gain(100 * (better - worse) / len(right), *paired_interval(better, worse, len(right)))

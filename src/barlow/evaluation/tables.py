@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from barlow.evaluation.figures import Accuracy, Budget, Candidate, Evaluation, FineTuning
 
-COLUMNS = {"pretrained": "pretrained", "random": "random encoder", "pixels": "pixels"}
+TITLES = {"pretrained": "pretrained", "random": "random encoder", "pixels": "pixels"}
+WIDTH = 22  # characters of a column, at least
 
 
 def table(evaluation: Evaluation, finetuning: FineTuning | None) -> str:
-    """Return the headline as text: pretrained against both baselines, top-1 in percent with 95 % intervals."""
-    lines = [f"{'':<26}" + "".join(f"{title:>22}" for title in COLUMNS.values())]
+    """Return the headline as text: pretrained against all others, top-1 in percent with 95 % intervals."""
+    columns = titles(evaluation)
+
+    def line(title: str, cells: Iterable[str]) -> str:
+        widths = (max(WIDTH, len(column) + 2) for column in columns.values())
+        return f"{title:<26}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+    lines = [line("", columns.values())]
     for title, accuracies in rows(evaluation, finetuning).items():
-        cells = (str(accuracies.get(encoder, "")) for encoder in COLUMNS)
-        lines.append(f"{title:<26}" + "".join(f"{cell:>22}" for cell in cells).rstrip())
+        lines.append(line(title, (str(accuracies.get(name, "")) for name in columns)))
     if len(lines) == 1:
         lines.append("train, val or test has no labels: only the health of the features was measured")
-    health = [scores.health if (scores := evaluation.encoders.get(name)) else None for name in COLUMNS]
+    health = [scores.health if (scores := evaluation.encoders.get(name)) else None for name in columns]
     for key in ("effective_rank", "alignment", "uniformity"):
-        cells = (f"{getattr(each, key):.2f}" if each else "" for each in health)
-        lines.append(f"{key.replace('_', ' '):<26}" + "".join(f"{cell:>22}" for cell in cells).rstrip())
+        lines.append(line(key.replace("_", " "), (f"{getattr(each, key):.2f}" if each else "" for each in health)))
     return "\n".join(lines)
+
+
+def titles(evaluation: Evaluation, known: Mapping[str, str] = TITLES) -> dict[str, str]:
+    """Return the encoders in their order, with their titles: the known ones, then others by name."""
+    return {**known, **{name: name for name in sorted(evaluation.encoders) if name not in known}}
 
 
 def rows(evaluation: Evaluation, finetuning: FineTuning | None) -> dict[str, dict[str, Accuracy]]:

@@ -109,14 +109,9 @@ def against(challenger: Measured, champion: Measured, params: Params) -> Iterato
     """Check that the challenger is not worse: the paired interval of the difference lies above -promote.margin."""
     margin = params.promote.margin
     for name, right in challenger.right.items():
-        better = int((right & ~champion.right[name]).sum())
-        worse = int((~right & champion.right[name]).sum())
-        difference = 100 * (better - worse) / len(right)
-        low, high = intervals.paired_interval(better, worse, len(right))
-        text = (
-            f"{difference:+.1f} points ({low:+.1f} to {high:+.1f}), the lower end at least -promote.margin={-margin:g}"
-        )
-        yield Check(f"{name}: difference to production", low >= -margin, text)
+        gain = intervals.gain(right, champion.right[name])
+        text = f"{gain}, the lower end at least -promote.margin={-margin:g}"
+        yield Check(f"{name}: difference to production", gain.low >= -margin, text)
 
 
 def same_classes(challenger: Encoder, champion: Encoder, allowed: bool) -> Iterator[Check]:

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.nn import functional
 from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
 from barlow.evaluation import features
+from barlow.evaluation.neighbours import most_similar
 from barlow.reporting import pictures
 
 MAPPED = 1000  # images on the map, at most
@@ -90,7 +90,7 @@ def neighbours(test: features.Split, n: int) -> dict[str, list[dict[str, Any]]]:
     k = min(NEIGHBOURS, len(test.keys) - 1)
     if k < 1:
         return {}
-    similarity, nearest = most_similar(test.features, k)
+    similarity, nearest = most_similar(test.features, k, QUERIES)
     labels = test.labels[: len(nearest)]
     alike = similarity.mean(1)
     same = (test.labels[nearest] == labels[:, None]).sum(1) if (labels >= 0).all() else None
@@ -111,18 +111,6 @@ def neighbours(test: features.Split, n: int) -> dict[str, list[dict[str, Any]]]:
                 rows.append({"images": [i, *nearest[i].tolist()], **score})
         chosen[kind] = rows
     return chosen
-
-
-def most_similar(vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return similarities and numbers, (queries, k) each, of the other images most similar to each query image."""
-    unit = functional.normalize(vectors.float())
-    parts = []
-    for start in range(0, min(QUERIES, len(unit)), 256):
-        rows = torch.arange(start, min(start + 256, QUERIES, len(unit)))
-        similarity = unit[rows] @ unit.T
-        similarity[torch.arange(len(rows)), rows] = -torch.inf  # an image is not its own neighbour
-        parts.append(similarity.topk(k))
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 def in_turn(order: list[int], labels: list[int]) -> Iterator[int]:

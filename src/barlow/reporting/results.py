@@ -57,10 +57,10 @@ def methods(evaluation: Evaluation, finetuning: FineTuning) -> list[dict[str, An
 
     The chart and its table alone show budgets of labels per class.
     """
-    rows = label_budgets(evaluation)
+    rows, encoders = label_budgets(evaluation), tables.titles(evaluation, ENCODERS)
     knn = {
-        ENCODERS[name]: Measured(f"encoders.{name}.knn", scores.knn)
-        for name in ENCODERS
+        title: Measured(f"encoders.{name}.knn", scores.knn)
+        for name, title in encoders.items()
         if (scores := evaluation.encoders.get(name)) and scores.knn
     }
     supervised = {}
@@ -70,7 +70,7 @@ def methods(evaluation: Evaluation, finetuning: FineTuning) -> list[dict[str, An
 
     def probes(budget: Budget | None) -> dict[str, Measured]:
         measured = next((row.probes for row in rows if row.budget == budget), {})
-        return {title: measured[name] for name, title in ENCODERS.items() if name in measured}
+        return {title: measured[name] for name, title in encoders.items() if name in measured}
 
     frozen, whole = "Linear probe on frozen features", "The whole network, trained"
     parts = {frozen: probes(None), "Weighted kNN on frozen features": knn, whole: supervised}
@@ -117,7 +117,7 @@ def few_labels(evaluation: Evaluation, finetuning: FineTuning, draws: Iterable[S
             for images, row in sorted(once.items())
             if name in row.probes
         ]
-        for name, title in ENCODERS.items()
+        for name, title in tables.titles(evaluation, ENCODERS).items()
     }
     tuned = sorted(finetuning.fine_tuned.values(), key=lambda each: tables.rising(each.budget, each.images))
     for title in NETWORKS.values():

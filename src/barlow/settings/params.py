@@ -173,6 +173,7 @@ class Export:
     min_cosine: Fraction
     calibration_images: Positive
     max_accuracy_loss: Annotated[float, Range(0, 100)]
+    min_neighbours: Annotated[float, Range(0, 100)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from barlow.settings import loading
 from barlow.settings.params import TIMM, Params, Pretrain
-from barlow.training import distributed, model
+from barlow.training import distributed, health, model
 from barlow.training.loss import barlow_twins_loss, form
 from barlow.training.state import Training
 from barlow.training.views import part
@@ -23,8 +23,9 @@ def headline(run: Training, bf16: bool) -> str:
     """Return one line on what is about to run."""
     p, world = run.p, distributed.world_size()
     return (
-        f"{p.epochs} epochs of {run.epoch_steps} steps of {p.batch_size} on {run.device}, {world} process(es), "
-        f"{at_a_time(p, p.batch_size // world)}{'bf16' if bf16 else 'fp32'}, {form(p.batch_size, run.network.dim)} loss"
+        f"{run.views.images:,} images, {run.epoch_steps:,} batches of {p.batch_size} per epoch, {p.epochs} epochs, "
+        f"{run.total_steps:,} steps on {run.device}, {world} process(es), {at_a_time(p, p.batch_size // world)}"
+        f"{'bf16' if bf16 else 'fp32'}, {form(p.batch_size, run.network.dim)} loss"
     )
 
 
@@ -66,6 +67,7 @@ def describe(params: Params) -> str:
         "model": f"{m.arch}, {stem}{parameters['backbone']:,} parameters",
         "projector": f"{'-'.join(map(str, m.projector))}, {parameters['projector']:,} parameters",
         "steps": f"{run.total_steps:,}: {p.epochs} epochs of {run.epoch_steps:,}, of {p.batch_size} images each",
+        **({"warning": few} if (few := health.few_steps(run.total_steps, p.epochs)) else {}),
         "processes": f"{processes} on {device.type}, {local} images each, "
         f"{at_a_time(p, local)}{'bf16' if bf16 else 'fp32'}",
         "optimizer": f"{p.optimizer}, momentum {p.momentum:g}, weight decay {p.weight_decay:g}",

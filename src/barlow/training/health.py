@@ -9,6 +9,8 @@ from torch.nn import functional
 
 Features = Float[Tensor, "batch dim"]
 
+FEW_STEPS = 500  # below, a run has hardly learned anything
+
 
 def effective_rank(features: Features) -> float:
     """Return exp of the entropy of the normalised singular values (RankMe: Garrido et al., arXiv 2210.02885, eq. 1)."""
@@ -51,3 +53,11 @@ def rms_correlation(features: Features) -> float:
     correlation, dim = x.T @ x, x.shape[1]
     off_diagonal = correlation.square().sum() - correlation.diagonal().square().sum()
     return float((off_diagonal / max(dim * (dim - 1), 1)).sqrt())
+
+
+def few_steps(steps: int, epochs: int) -> str | None:
+    """Return a line that says that a run's steps are few; None if there are at least FEW_STEPS."""
+    if steps >= FEW_STEPS:
+        return None
+    text = "1 step is" if steps == 1 else f"{steps} steps are"
+    return f"{text} few: an encoder usually needs thousands; raise pretrain.epochs={epochs}"

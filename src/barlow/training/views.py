@@ -107,7 +107,8 @@ class TwinViews:
                 f"pretrain.batch_size={batch_size} is more than the {len(self._samples)} images there are to pretrain "
                 f"on; lower it or add images"
             )
-        self._batches = len(self._samples) // batch_size
+        self.images = len(self._samples)
+        self._batches = self.images // batch_size
         self._fill = ceil(len(self._samples) * SHUFFLE_BYTES / self._samples.bytes)  # images to mix at a time
         self._step = 0  # batches yielded so far, over all epochs
         self._tars, self._views, self._seed, self._batch_size = tars, views, seed, batch_size
