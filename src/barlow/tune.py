@@ -66,7 +66,7 @@ def planned(params: Params, minutes: float, labelled: bool) -> dict[str, Any]:
     Effective ranks of encoders that were trained on other views do not compare. So without labels, crops are not tuned.
     """
     key = grid.name("tune", grid.apply(params, {}, "params.yaml"), runs.inputs())
-    before = files.read_json(files.TUNING)["plan"] if files.TUNING.exists() else {}
+    before = figures.document(files.TUNING)["plan"] if files.TUNING.exists() else {}
     if (before.get("key"), before.get("minutes")) == (key, minutes):
         return dict(before)
     tried = [factor for factor in tuning.factors(params) if labelled or factor.name != "crop area"]

@@ -27,16 +27,15 @@ SECONDS, MAX_SECONDS = 3.0, 20.0  # measured, if that is between; and in all, wh
 def seconds_per_image(params: Params, tars: list[Path]) -> float:
     """Return the time of a training step with these settings, per image of the global batch.
 
-    `tars` are shards of the images, or of some of them: too few for a batch are used several times. Where several
-    processes would share a batch, one of them is measured.
+    `tars` are shards of the images, or of some of them: too few for a batch are used several times. Where several GPUs
+    would share a batch, one is measured with its part.
 
     Raises:
         UserError: as `pretrain` does, before it trains.
     """
-    p = params.pretrain
-    processes = p.processes or distributed.default_processes(p.device)
-    local = max(p.batch_size // processes, 2)
-    device = distributed.local_device(p.device)
+    p, device = params.pretrain, distributed.local_device(params.pretrain.device)
+    gpus = (p.processes or distributed.default_processes(p.device)) if device.type == "cuda" else 1
+    local = max(p.batch_size // gpus, 2)
     enough = tars * ceil(local / webdataset.count(tars))
     run = Training(replace(params, pretrain=replace(p, batch_size=local)), device, enough)
     bf16 = model.computes_bf16(p.precision, device)
@@ -50,7 +49,7 @@ def seconds_per_image(params: Params, tars: list[Path]) -> float:
     wall, busy = min(step[0] for step in taken[WARM:]), min(step[1] for step in taken[WARM:])
     if device.type == "cpu":  # what else runs on the machine now is not there for ever
         wall = min(wall, IDLE * busy / torch.get_num_threads())
-    return wall / local / processes
+    return wall / local / gpus
 
 
 def hardware(params: Params) -> str:
