@@ -74,6 +74,7 @@ lock: .venv/installed ## resolve pyproject.toml again into requirements.lock and
 
 repro: .venv/installed ## run the whole pipeline on ingest.source; what is up to date is not run again
 	barlow scan
+	barlow recommend --auto
 	dvc repro
 	barlow summary
 

@@ -32,13 +32,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from barlow import extract, finetune, preset, pretrain
+from barlow import extract, finetune, pretrain
 from barlow.core import files, provenance, webdataset
 from barlow.core.errors import Interrupted
 from barlow.core.images import encode
 from barlow.data import synthetic
 from barlow.evaluation import features, probe
-from barlow.settings import params, strict
+from barlow.settings import editing, params, strict
 from barlow.training import distort, model, views
 from barlow.training.loss import barlow_twins_loss
 from barlow.training.optim import LARS
@@ -118,7 +118,7 @@ def settings(bench: Bench, name: str | None = None, **pretraining: Any) -> param
     """Return params.yaml with a preset merged in and other values in its section `pretrain`."""
     document = strict.read_yaml(ROOT / "params.yaml")
     for preset_name in filter(None, (name, "smoke" if bench.tiny else None)):
-        list(preset.merge(document, strict.read_yaml(ROOT / f"presets/{preset_name}.yaml"), ""))
+        list(editing.merge(document, strict.read_yaml(ROOT / f"presets/{preset_name}.yaml")))
     document["pretrain"] |= {"device": bench.device.type} | pretraining
     built: params.Params = strict.build(params.Params, document, "params.yaml")
     return built

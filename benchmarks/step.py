@@ -24,12 +24,11 @@ STEPS, ROUNDS, BATCH = 4, 5, 128
 
 def settings():
     """Return params.yaml with the preset cifar10 and a batch of 128."""
-    from barlow import preset
-    from barlow.settings import params, strict
+    from barlow.settings import editing, params, strict
 
     root = Path(__file__).parent.parent
     document = strict.read_yaml(root / "params.yaml")
-    list(preset.merge(document, strict.read_yaml(root / "presets/cifar10.yaml"), ""))
+    list(editing.merge(document, strict.read_yaml(root / "presets/cifar10.yaml")))
     built = strict.build(params.Params, document, "cifar10")
     return replace(built, pretrain=replace(built.pretrain, batch_size=BATCH, device="cpu"))
 

@@ -39,11 +39,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def smoke():
     """The params of the `smoke` preset."""
-    from barlow import preset
-    from barlow.settings import params, strict
+    from barlow.settings import editing, params, strict
 
     document = yaml.safe_load((ROOT / "params.yaml").read_text())
-    list(preset.merge(document, yaml.safe_load((ROOT / "presets/smoke.yaml").read_text()), ""))
+    list(editing.merge(document, yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())))
     return strict.build(params.Params, document, "smoke")
 
 

@@ -140,9 +140,9 @@ def measured(classes, test, labelled=True):
             str(budget): figures.FewLabels(budget, images, each)
             for (budget, images), each in zip(FEW.items(), top1[2:], strict=True)
         }
-        encoders[encoder] = figures.Scores(None, None, None, {}, health)
+        encoders[encoder] = figures.Scores(None, None, None, None, {}, health)
         if labelled:
-            encoders[encoder] = figures.Scores(top1[0], top1[1], 0.001, few, health)
+            encoders[encoder] = figures.Scores(top1[0], top1[1], None, 0.001, few, health)
             draws += [(encoder, str(budget), FEW[budget], k, 40 - 10 * i + k) for budget in FEW for k in range(5)]
     if labelled:
         for i, (budget, images) in enumerate(SHARES.items()):

@@ -23,7 +23,7 @@ FLOORS = [  # an import never goes up
     {"core"},
     {"settings"},
     {"data", "training", "encoder", "experiments"},
-    {"evaluation"},
+    {"evaluation", "advice"},
     {"serving", "production", "reporting"},
     {*COMMANDS},
     {"cli", "__init__"},

@@ -52,7 +52,7 @@ def runs_of(*percents):
 
 def test_an_experiment_without_labels_counts_as_failed():
     scores = {"seed": 1, "failed": "no accuracy: train, val or test has no labels"}
-    bare = Evaluation(0, Images(0, 0, 0), {"pretrained": Scores(None, None, None, {}, None)}, {})
+    bare = Evaluation(0, Images(0, 0, 0), {"pretrained": Scores(None, None, None, None, {}, None)}, {})
     assert claims.outcome(1, "e", {"e": bare}, {}) == scores
     assert claims.outcome(1, "e", {}, {"e": "out of memory"}) == {"seed": 1, "failed": "out of memory"}
 
@@ -147,7 +147,7 @@ if stage == "pretrain":
     Path("reports/pretrain.json").write_text('{"seconds": 2.0}')
 if stage == "evaluate":
     linear = {"top1": float(Path("models/encoder").read_text()), "low": 0, "high": 100}
-    scores = {"linear": linear, "knn": None, "l2": 0.001, "few_labels": {}, "health": None}
+    scores = {"linear": linear, "knn": None, "knn_val": None, "l2": 0.001, "few_labels": {}, "health": None}
     images = {"train": 1000, "val": 1000, "test": 1000}
     metrics = {"classes": 10, "images": images, "encoders": {"pretrained": scores}, "gains": {}}
     Path("reports/evaluate.json").write_text(json.dumps(metrics))

@@ -84,6 +84,21 @@ def test_the_head_and_the_confusion_are_those_of_the_probe(metrics):
     assert [row["predicted"] for row in rows] == [CLASSES[i] for i in predictions]
 
 
+def test_knn_on_val_is_scikit_learns_and_never_sees_test(metrics, smoke):
+    """With weights by similarity, over neighbours in the angle between features."""
+    train, val = (features.load("pretrained", name) for name in ("train", "val"))
+    temperature = smoke.evaluate.knn_temperature
+    oracle = KNeighborsClassifier(
+        smoke.evaluate.knn_k, metric="cosine", algorithm="brute", weights=lambda far: np.exp(-far / temperature)
+    )
+    oracle.fit(train.features, train.labels)
+    knn_val = metrics["encoders"]["pretrained"]["knn_val"]
+    assert knn_val["top1"] == pytest.approx(100 * oracle.score(val.features, val.labels))
+    features.save("pretrained", clusters(1.2, "test"))
+    evaluate.run(smoke)
+    assert files.read_json("reports/evaluate.json")["encoders"]["pretrained"]["knn_val"] == knn_val
+
+
 def test_baselines_have_the_same_figures(metrics):
     assert list(metrics["encoders"]) == ["pixels", "pretrained", "random"]
     pretrained, random, pixels = (accuracies(metrics, name) for name in ("pretrained", "random", "pixels"))
@@ -185,7 +200,9 @@ def test_without_labels_health_is_all(tmp_path, monkeypatch, smoke, split, capsy
     write(split)
     evaluate.run(smoke)
     metrics = files.read_json("reports/evaluate.json")
-    assert "top1" not in (files.REPORTS / "evaluate.json").read_text()
+    scores = metrics["encoders"]["pretrained"]
+    assert (scores["linear"], scores["knn"], scores["l2"], scores["few_labels"]) == (None, None, None, {})
+    assert (scores["knn_val"] is None) == (split != "test")  # which needs no labels of test
     assert metrics["images"][split] == 0
     assert metrics["gains"] == {}
     health = metrics["encoders"]["pretrained"]["health"]

@@ -12,6 +12,7 @@ from services import encoded, start
 from test_architecture import FLOORS
 
 from barlow import cli
+from barlow.advice.recipe import MINUTES, SYNTHETIC
 from barlow.evaluation import tables
 from barlow.evaluation.figures import Evaluation, FineTuning, build
 
@@ -103,15 +104,18 @@ def test_python_page_names_all_that_is_public():
     assert {name for name in barlow.__all__ if f"| `{name}" in text} == {*barlow.__all__}
 
 
-def test_the_rates_for_images_of_ones_own_are_a_tenth_of_the_defaults():
-    """README.md, docs/own-images.md and the comment on `ingest.source` name the same rates."""
-    wanted = {"pretrain": {name: pytest.approx(PARAMS["pretrain"][name] / 10) for name in ("lr_weights", "lr_biases")}}
-    named = [yaml.safe_load(block) for block in blocks("yaml") if "lr_weights" in block]
-    assert named == [wanted, wanted]
+def test_images_of_ones_own_get_other_settings_wherever_the_source_is_changed():
+    """README.md, docs/own-images.md and the comment on `ingest.source` name the command that chooses them."""
     text = (ROOT / "params.yaml").read_text()
-    before = text[: text.index("  source: synthetic")]
-    for name, value in named[0]["pretrain"].items():
-        assert f"pretrain.{name}: {value}" in before
+    for named in (README, (ROOT / "docs/own-images.md").read_text(), text[: text.index("  source: synthetic")]):
+        assert "`barlow recommend" in named
+    planned = f"planned for | {MINUTES['cpu']:g} minutes | {MINUTES['cuda']:g} minutes |"
+    assert planned in (ROOT / "docs/own-images.md").read_text()
+
+
+def test_the_page_of_settings_lists_those_that_recommend_chooses():
+    text = (ROOT / "docs/settings.md").read_text().partition("## Settings for your own images")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(\w+\.\w+)`", text)) == set(SYNTHETIC)
 
 
 def test_readme_is_short():

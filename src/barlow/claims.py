@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 from barlow.core import files, provenance
@@ -33,11 +31,12 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
     """
     plan = grid.load(preset, params)
     chosen = grid.choose(plan, names)
+    runs.require_git()
     runs.dvc("repro", "shard")
     inputs = runs.inputs()
 
     def called(point: grid.Point, seed: int) -> str:
-        return grid.name(preset, grid.apply(params, grid.overrides(plan, point, seed), preset), inputs)
+        return grid.name(f"claims-{preset}", grid.apply(params, grid.overrides(plan, point, seed), preset), inputs)
 
     todo = {
         called(point, seed): grid.overrides(plan, point, seed)
@@ -45,7 +44,7 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
         for claim in chosen
         for point in claim.points
     }
-    failed = run_missing(todo, jobs)
+    failed = runs.run_missing(todo, jobs)
     done = {name: reference for name, reference in runs.finished().items() if name in todo}
     results = {name: evaluation(name, reference) for name, reference in done.items()}
     seconds = sum(runs.read(reference, files.PRETRAINING)["seconds"] for reference in done.values())
@@ -79,20 +78,6 @@ def run(params: Params, names: list[str], preset: str, jobs: int) -> None:
             "claims": [judged[claim.name] for claim in plan.claims if claim.name in judged],
         },
     )
-
-
-def run_missing(todo: Mapping[str, Mapping[str, Any]], jobs: int) -> dict[str, str]:
-    """Run the experiments that have no result yet and print progress; return {name: reason} of those that failed."""
-    finished = runs.finished()
-    missing = {name: values for name, values in todo.items() if name not in finished}
-    print(f"{len(todo)} experiments, {len(missing)} of them to run", flush=True)
-    failed, started = {}, time.monotonic()
-    for ended, (name, reason) in enumerate(runs.run(missing, jobs), 1):
-        if reason is not None:
-            failed[name] = reason
-        left = (time.monotonic() - started) / ended * (len(missing) - ended)
-        print(f"{ended}/{len(missing)}  {name}  {reason or 'done'}  {timedelta(seconds=round(left))} left", flush=True)
-    return failed
 
 
 def evaluation(name: str, reference: str) -> Evaluation:

@@ -26,7 +26,16 @@ STAGES = {
 }
 
 
-READS_PARAMS = {*STAGES, "scan", "promote", "rollback", "drift", "claims"}  # their `run` begins with `params`
+READS_PARAMS = {
+    *STAGES,
+    "scan",
+    "recommend",
+    "tune",
+    "promote",
+    "rollback",
+    "drift",
+    "claims",
+}  # their `run` begins with `params`
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +57,14 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("revision", metavar="REV", help="a commit, branch or tag, or an experiment's name")
     preset = command("preset", "merge presets/NAME.yaml into params.yaml and print what changed")
     preset.add_argument("name", metavar="NAME")
+    recommend = command("recommend", "choose settings that suit the images and this machine; write them to params.yaml")
+    recommend.add_argument(
+        "--minutes", type=float, metavar="M", help="of pretraining (default: as last time, else 6, or 30 on a GPU)"
+    )
+    recommend.add_argument("--auto", action="store_true", help="only if the settings are still those for other images")
+    tune = command("tune", "try other learning rates, crops and lambdas in short runs, and say which are better")
+    tune.add_argument("--minutes", type=float, metavar="M", help="of pretraining, in all (default 12, or 30 on a GPU)")
+    tune.add_argument("--apply", action="store_true", help="write the best settings to params.yaml")
     promote = command("promote", "put models/encoder.onnx into production, if it is not worse than what is there")
     promote.add_argument("--check", action="store_true", help="only look whether a promotion could work")
     rollback = command("rollback", "put an earlier version back into production")

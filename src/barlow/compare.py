@@ -21,7 +21,7 @@ from barlow.reporting import charts, pages
 from barlow.settings.loading import PARAMS
 
 PAGE = files.REPORTS / "compare.html"
-OF_MANY_RUNS = {"claims", "seeds"}  # JSON files about more than one run
+OF_MANY_RUNS = {"claims", "seeds", "tune"}  # JSON files about more than one run
 
 
 def run(revision: str) -> None:

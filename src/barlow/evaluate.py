@@ -21,7 +21,7 @@ from barlow.core.progress import shown
 from barlow.core.weights import save_weights
 from barlow.evaluation import features, intervals, probe, tables, verdict
 from barlow.evaluation.features import Split
-from barlow.evaluation.figures import Budget, Evaluation, FewLabels, Gain, Health, Images, Scores, write
+from barlow.evaluation.figures import Accuracy, Budget, Evaluation, FewLabels, Gain, Health, Images, Scores, write
 from barlow.settings.params import Evaluate, Params
 from barlow.training import health
 
@@ -40,7 +40,7 @@ class Draw(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One encoder's scores, probe, predictions and few-label draws; all empty if train, val or test has no labels."""
+    """One encoder's scores, probe, predictions and few-label draws; all but `knn_val` need labels in all splits."""
 
     scores: Scores  # without health
     head: dict[str, Tensor]  # weight (classes, dim) and bias (classes,) of the linear probe
@@ -80,14 +80,16 @@ def run(params: Params) -> None:
 
 def score(splits: dict[str, Split], classes: int, p: Evaluate, encoder: str) -> Result:
     """Fit the probes and kNN on train, choose on val, and read test once each; `encoder` names the progress."""
-    if not all((split.labels >= 0).any() for split in splits.values()):
-        return Result(Scores(None, None, None, {}, None), {}, {}, [])
     train, val, test = ((split.features.float(), split.labels) for split in splits.values())
+    knn_val = None
+    if all((labels >= 0).any() for _, labels in (train, val)):
+        scores = probe.knn(val[0], *train, classes, p.knn_k, p.knn_temperature)
+        knn_val = accuracy(scores.argmax(1), val[1])
+    if knn_val is None or not (test[1] >= 0).any():
+        return Result(Scores(None, None, knn_val, None, {}, None), {}, {}, [])
     predicted = probe.predict(train, val, test[0], classes, p.probe_l2, p.knn_k, p.knn_temperature)
     predictions = {"linear": predicted.linear, "knn": predicted.knn}
-    linear, knn = (
-        intervals.mean_accuracy([probe.accuracy(each, test[1])], len(test[1])) for each in predictions.values()
-    )
+    linear, knn = (accuracy(each, test[1]) for each in predictions.values())
     few_labels, draws = {}, list[Draw]()
     for budget in budgets(p) if p.draws else ():
         draws_of = shown(range(p.draws), f"{encoder}, {budget}", p.draws, "draw")
@@ -96,7 +98,7 @@ def score(splits: dict[str, Split], classes: int, p: Evaluate, encoder: str) -> 
         few_labels[str(budget)] = FewLabels(budget, fitted[0].images, top1)
         draws += fitted
     head = {"weight": predicted.weight, "bias": predicted.bias}
-    return Result(Scores(linear, knn, predicted.l2, few_labels, None), head, predictions, draws)
+    return Result(Scores(linear, knn, knn_val, predicted.l2, few_labels, None), head, predictions, draws)
 
 
 def gains(predictions: Mapping[str, Mapping[str, Tensor]], labels: Tensor) -> dict[str, dict[str, Gain]]:
@@ -108,6 +110,11 @@ def gains(predictions: Mapping[str, Mapping[str, Tensor]], labels: Tensor) -> di
         for name, kinds in right.items()
         if kinds
     }
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> Accuracy:
+    """Return the top-1 accuracy of predicted classes (n,), with its interval over the images."""
+    return intervals.mean_accuracy([probe.accuracy(predictions, labels)], len(labels))
 
 
 def few_label_probe(

@@ -17,8 +17,8 @@ from barlow.evaluation.figures import (
 )
 
 LINEAR, KNN = Accuracy(70.12, 67.2, 72.9), Accuracy(60.0, 57.0, 63.0)
-SCORES = Scores(LINEAR, KNN, 0.001, {}, Health(300, 31.3, 0.5, 0.1, 0.2, -2.5))
-BARE = Scores(None, None, None, {}, SCORES.health)
+SCORES = Scores(LINEAR, KNN, None, 0.001, {}, Health(300, 31.3, 0.5, 0.1, 0.2, -2.5))
+BARE = Scores(None, None, None, None, {}, SCORES.health)
 
 
 def evaluated(**encoders):

@@ -5,11 +5,11 @@ from barlow.evaluation.figures import Accuracy, Evaluation, Gain, Images, Scores
 
 UP, EVEN, DOWN = Gain(9.0, 6.0, 12.0), Gain(1.0, -1.5, 3.5), Gain(-15.0, -18.0, -12.0)
 ACCURACY = Accuracy(60.0, 57.0, 63.0)
-SCORES = Scores(ACCURACY, ACCURACY, 0.01, {}, None)
+SCORES = Scores(ACCURACY, ACCURACY, None, 0.01, {}, None)
 
 
 def evaluated(val=300, labelled=True, **gains):
-    scores = SCORES if labelled else Scores(None, None, None, {}, None)
+    scores = SCORES if labelled else Scores(None, None, None, None, {}, None)
     return Evaluation(4, Images(40, val, 20), dict.fromkeys(("pretrained", *gains), scores), gains)
 
 

@@ -4,11 +4,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from barlow import preset
 from barlow.core.errors import UserError
 from barlow.experiments import grid
+from barlow.settings import editing, loading, strict
 from barlow.settings import params as settings
-from barlow.settings import strict
 
 ROOT = Path(__file__).parents[2]
 INPUTS = {"sections": ["model", "pretrain"], "code": "1", "shards": "2"}
@@ -21,7 +20,7 @@ SMALL = {"data": "synthetic", "seeds": [0, 1], "base": {"pretrain.epochs": 2}, "
 @pytest.fixture
 def params(monkeypatch):
     monkeypatch.chdir(ROOT)
-    return settings.load()
+    return loading.load()
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def load(params, tmp_path, monkeypatch):
 def test_the_presets_are_valid_and_their_base_is_a_point_of_every_claim(params, name):
     if name == "gpu":
         document = yaml.safe_load((ROOT / "params.yaml").read_text())
-        list(preset.merge(document, yaml.safe_load((ROOT / "presets/cifar10.yaml").read_text()), ""))
+        list(editing.merge(document, yaml.safe_load((ROOT / "presets/cifar10.yaml").read_text())))
         document["pretrain"]["epochs"] = 200
         params = strict.build(settings.Params, document, "cifar10")
     plan = grid.load(name, params)
@@ -79,16 +78,16 @@ def test_an_experiment_sets_base_point_and_seeds(load, params):
 
 
 def test_a_name_follows_from_all_that_is_read_and_nothing_else(params):
-    def name(inputs=INPUTS, preset="cpu", **values):
+    def name(inputs=INPUTS, prefix="claims-cpu", **values):
         document = grid.apply(params, {key.replace("__", "."): value for key, value in values.items()}, "")
-        return grid.name(preset, document, inputs)
+        return grid.name(prefix, document, inputs)
 
     assert name().startswith("claims-cpu-")
     assert name(pretrain__seed=3).endswith("-s3")
     assert name() == name(pretrain__batch_size=64)  # as params.yaml has it
     assert name() == name(report__images=3)  # no stage of the experiment reads that
     changed = [name(pretrain__batch_size=32), name(model__arch="resnet18"), name(INPUTS | {"shards": "3"})]
-    changed += [name(INPUTS | {"code": "2"}), name(preset="gpu"), name(pretrain__seed=1)]
+    changed += [name(INPUTS | {"code": "2"}), name(prefix="tune"), name(pretrain__seed=1)]
     assert len({name(), *changed}) == 7
 
 

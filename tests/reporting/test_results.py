@@ -33,7 +33,7 @@ def scores(first, few=None, linear=True, knn=True):
         for i, (budget, images) in enumerate((few or {}).items())
     }
     measured = [stages.accuracy(first + i) if there else None for i, there in enumerate((linear, knn))]
-    return Scores(*measured, 0.001, few, None)
+    return Scores(*measured, None, 0.001, few, None)
 
 
 def tuned(budget, images, pretrained, random):

@@ -128,12 +128,8 @@ def test_a_dry_run_trains_and_writes_nothing(project, smoke, change, capsys, mon
     Path("params.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(smoke)))))
     assert cli.main(["pretrain", "--dry-run"]) == 0
     names = [line[:14].rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert names == ["model", "projector", "steps", "warning", "processes", "optimizer"] + [
-        "learning rate",
-        "loss",
-        "memory",
-        "time",
-    ]
+    first = ["model", "projector", "steps", "warning", "processes", "optimizer"]
+    assert names == [*first, "learning rate", "loss", "memory", "time"]
     assert sorted(path.name for path in project.iterdir()) == ["data", "params.yaml"]
 
     too_large = change(smoke, "pretrain", batch_size=500)

@@ -69,6 +69,7 @@ class Scores:
 
     linear: Accuracy | None
     knn: Accuracy | None
+    knn_val: Accuracy | None  # kNN on val, by which `barlow tune` chooses: choices never see test
     l2: float | None  # weight decay of the linear probe, chosen on val
     few_labels: dict[str, FewLabels]  # by str(budget)
     health: Health | None  # None for pixels

@@ -1,1 +1,1 @@
-"""The parts of `barlow claims`: the grid of experiments, and the DVC runs."""
+"""The parts of `barlow claims` and `barlow tune`: which experiments there are, and the DVC runs."""

@@ -125,14 +125,14 @@ def apply(params: Params, values: Mapping[str, Any], where: str) -> dict[str, An
     return document
 
 
-def name(preset: str, document: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
-    """Name an experiment by everything that its stages read, so that equal names mean equal results.
+def name(prefix: str, document: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    """Name an experiment, after a prefix, by everything that its stages read: equal names mean equal results.
 
     `document` is from `apply`, `inputs` from `runs.inputs`. Only the sections in `inputs["sections"]` count.
     """
     read = {section: document[section] for section in inputs["sections"]}
     text = json.dumps([read, inputs], sort_keys=True)
-    return f"claims-{preset}-{hashlib.sha256(text.encode()).hexdigest()[:10]}-s{document['pretrain']['seed']}"
+    return f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:10]}-s{document['pretrain']['seed']}"
 
 
 def _require_distinct(names: list[str], where: str) -> None:

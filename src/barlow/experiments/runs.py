@@ -17,9 +17,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +53,12 @@ def inputs() -> dict[str, Any]:
     return {"code": code_hash(*STAGES), "sections": sorted(sections), "shards": shards["md5"]}
 
 
+def require_git() -> None:
+    """Raise UserError outside a git repository: DVC keeps experiments as commits."""
+    if not commit():
+        raise UserError("this folder is not in a git repository with a commit, and DVC keeps experiments as commits")
+
+
 def dvc(*arguments: str) -> None:
     """Run DVC in the foreground.
 
@@ -59,6 +67,12 @@ def dvc(*arguments: str) -> None:
     """
     if subprocess.run(_dvc(*arguments), env=_environment()).returncode != 0:
         raise UserError(f"`dvc {' '.join(arguments)}` failed; see above")
+
+
+def barlow(*arguments: str) -> None:
+    """Run a command of this package in the foreground; raises UserError if it failed and has printed why."""
+    if subprocess.run([sys.executable, "-m", "barlow.cli", *arguments]).returncode != 0:
+        raise UserError(f"`barlow {' '.join(arguments)}` failed; see above")
 
 
 def finished(project: Path | str = ".") -> dict[str, str]:
@@ -110,6 +124,20 @@ def run(todo: Mapping[str, Mapping[str, Any]], jobs: int) -> Iterator[tuple[str,
     finally:
         for kind, handler in handlers.items():
             signal.signal(kind, handler)
+
+
+def run_missing(todo: Mapping[str, Mapping[str, Any]], jobs: int) -> dict[str, str]:
+    """Run the experiments that have no result yet and print progress; return {name: reason} of those that failed."""
+    done = finished()
+    missing = {name: values for name, values in todo.items() if name not in done}
+    print(f"{len(todo)} experiments, {len(missing)} of them to run", flush=True)
+    failed, started = dict[str, str](), time.monotonic()
+    for ended, (name, reason) in enumerate(run(missing, jobs), 1):
+        if reason is not None:
+            failed[name] = reason
+        left = (time.monotonic() - started) / ended * (len(missing) - ended)
+        print(f"{ended}/{len(missing)}  {name}  {reason or 'done'}  {timedelta(seconds=round(left))} left", flush=True)
+    return failed
 
 
 @contextmanager

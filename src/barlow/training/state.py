@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +32,15 @@ NAMED_KEYS = 8  # images named in the message about a loss that is not finite
 
 
 class Training:
-    """One process's part of a run.
+    """One process's part of a run, over the pretrain shards or over other `tars`.
 
     Raises:
         UserError: no shards, fewer images than a batch, or a batch that the processes cannot share.
     """
 
-    def __init__(self, params: Params, device: torch.device) -> None:
-        p, tars, world = params.pretrain, webdataset.tars("pretrain"), distributed.world_size()
+    def __init__(self, params: Params, device: torch.device, tars: list[Path] | None = None) -> None:
+        p, world = params.pretrain, distributed.world_size()
+        tars = webdataset.tars("pretrain") if tars is None else tars
         if not tars:
             raise UserError(f"there is no {files.SHARDS}/pretrain-*.tar to pretrain on; run `dvc repro shard` first")
         gpu = device.index if device.type == "cuda" else None
