@@ -42,16 +42,24 @@ def parser() -> argparse.ArgumentParser:
         added = command(stage, text, f"Stage `{stage}`: {text}. Its settings are in params.yaml.")
         if stage == "pretrain":
             added.add_argument("--dry-run", action="store_true", help="print what would run, with its memory and time")
+        if stage == "finetune":
+            text = f"write {files.CLASSIFIER}, trained on all labels of train, instead of the study"
+            added.add_argument("--all-labels", action="store_true", help=text)
     command("scan", "note in data/source.json which files ingest.source has, so that DVC sees added images")
     command("summary", "print the headline figures of the last run")
     compare = command("compare", "put this run beside that of a git revision or DVC experiment: reports/compare.html")
     compare.add_argument("revision", metavar="REV", help="a commit, branch or tag, or an experiment's name")
     preset = command("preset", "merge presets/NAME.yaml into params.yaml and print what changed")
     preset.add_argument("name", metavar="NAME")
-    promote = command("promote", "put models/encoder.onnx into production, if it is not worse than what is there")
+    promote = command(
+        "promote", "put models/encoder.onnx, or the classifier, into production, if it is not worse than what is there"
+    )
     promote.add_argument("--check", action="store_true", help="only look whether a promotion could work")
     rollback = command("rollback", "put an earlier version back into production")
     rollback.add_argument("version", nargs="?", metavar="VERSION", help="default: the one before")
+    for mover in (promote, rollback):
+        text = "default %(default)s; each kind has versions of its own"
+        mover.add_argument("--kind", choices=[*files.KINDS], default="encoder", help=text)
     drift = command("drift", "compare recent images with those that the encoder in production was trained on")
     drift.add_argument("recent", nargs="?", metavar="FOLDER|PARQUET", help="default: drift.recent of params.yaml")
     claims = command("claims", "test the paper's claims by DVC experiments: reports/claims.json, one table per claim")

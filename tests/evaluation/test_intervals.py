@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from barlow.evaluation import intervals
 
@@ -55,3 +56,11 @@ def test_the_interval_of_one_is_wilsons_and_of_several_holds_students():
     low, high = intervals.mean_interval([60.0, 70.0, 80.0], 10**9)  # no error of the test images
     assert (low, high) == pytest.approx((70 - 24.84, 70 + 24.84), abs=0.01)  # 4.3027 * 10 / sqrt(3)
     assert intervals.mean_interval([0.0, 100.0], 50) == (0.0, 100.0)
+
+
+def test_a_difference_counts_the_images_that_one_alone_gets_right():
+    first = torch.tensor([True, True, True, False, False])
+    second = torch.tensor([True, False, False, True, False])
+    found = intervals.difference(first, second)
+    assert (found.points, found.low, found.high) == (20.0, *intervals.paired_interval(2, 1, 5))
+    assert str(intervals.Difference(2.04, -1.0, 3.0)) == "+2.0 points (-1.0 to +3.0)"

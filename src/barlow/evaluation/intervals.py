@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from torch import Tensor
 
 from barlow.evaluation.figures import Accuracy
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two accuracies on the same test images, in points, with its paired 95 % interval."""
+
+    points: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.points:+.1f} points ({self.low:+.1f} to {self.high:+.1f})"
 
 
 def wilson_interval(percent: float, n: int) -> tuple[float, float]:
@@ -46,3 +60,9 @@ def paired_interval(better: int, worse: int, n: int) -> tuple[float, float]:
     first, second = (better + 1) / (n + 2), (worse + 1) / (n + 2)
     half = 1.959964 * math.sqrt((first + second - (first - second) ** 2) / (n + 2))
     return 100 * max(first - second - half, -1), 100 * min(first - second + half, 1)
+
+
+def difference(first: Tensor, second: Tensor) -> Difference:
+    """Return accuracy of `first` - accuracy of `second`; each says which of the same images are right, bool (n,)."""
+    better, worse, n = int((first & ~second).sum()), int((~first & second).sum()), len(first)
+    return Difference(100 * (better - worse) / n, *paired_interval(better, worse, n))
