@@ -329,8 +329,8 @@ def classifiers(encoders):
         difference = intervals.Difference(3.0, 1.0, 5.0)
         fields = {
             "sha256": files.sha256(files.CLASSIFIER), "images": Images(60, 30, 60), "classes": 4, "steps": 7, "lr": 0.1,
-            "classifier": top1, "linear": top1, "difference": difference, "parity": Parity(1.0, 1e-6, 64, True),
-            "speed": Speed(1.5, 100.0),
+            "refitted": True, "classifier": top1, "linear": top1, "difference": difference,
+            "parity": Parity(1.0, 1e-6, 64, True), "speed": Speed(1.5, 100.0),
         }  # fmt: skip
         figures.write(files.CLASSIFYING, classifier.Classifying(**fields | values))
 

@@ -24,8 +24,8 @@ from barlow.core import files, webdataset
 from barlow.core.errors import UserError
 from barlow.core.progress import shown
 from barlow.evaluation import classifier, features, intervals, probe
+from barlow.evaluation.classifier import Tuned
 from barlow.evaluation.figures import Budget, FineTuned, FineTuning, Network, Supervised, write
-from barlow.evaluation.onnx_file import Exported
 from barlow.settings.params import Params
 from barlow.training import distributed, model
 from barlow.training.optim import warmup_cosine
@@ -74,7 +74,7 @@ def train_classifier(params: Params) -> None:
     lr, (encoder, head) = study.best(start.backbone.state_dict(), study.labelled, p.lr, steps)
     if not all(weight.isfinite().all() for weight in encoder.state_dict().values()):
         raise UserError(f"finetune.lr={list(p.lr)}: the network diverged to NaN; add a lower learning rate")
-    classifier.write(Exported(encoder.cpu(), head.state_dict()).eval(), start, trained, lr, steps, params)
+    classifier.write(Tuned(encoder, head.state_dict(), lr, steps), start, trained, params)
 
 
 class Trained(NamedTuple):

@@ -30,7 +30,7 @@ def network(smoke, seed):
     train, val = (
         features.embed(encoder, features.labelled(name), torch.device("cpu"))[:2] for name in ("train", "val")
     )
-    weight, bias, _ = probe.choose_linear(train, val, 4, (1e-3,))
+    weight, bias, _ = probe.choose_linear(train, val, 4, smoke.evaluate.probe_l2)  # nothing is better on val
     return onnx_file.Exported(encoder, {"weight": weight, "bias": bias}).eval()
 
 
@@ -44,7 +44,8 @@ def made(tmp_path_factory, small_shards, smoke, one_thread):
         patch.chdir(folder)
         own, start = network(smoke, 1), network(smoke, 2).encoder
         sections = {name: dataclasses.asdict(getattr(smoke, name)) for name in ("model", "views", "pretrain")}
-        classifier.write(own, start, {**sections, "data": "d1"}, 0.02, 7, smoke)
+        tuned = classifier.Tuned(own.encoder, {name: each.data for name, each in own.head.items()}, 0.02, 7)
+        classifier.write(tuned, start, {**sections, "data": "d1"}, smoke)
     return folder, own, start
 
 
@@ -89,7 +90,7 @@ def test_figures_are_those_of_the_file_and_of_the_stage_evaluate(written, smoke)
     measured = classifier.read()
     assert measured.sha256 == files.sha256(files.CLASSIFIER)
     assert (measured.images, measured.classes) == (Images(60, 30, 60), 4)
-    assert (measured.steps, measured.lr) == (7, 0.02)
+    assert (measured.steps, measured.lr, measured.refitted) == (7, 0.02, False)
     right = {}
     for split in ("val", "test"):
         labels = np.array([sample.label for sample in webdataset.read(webdataset.tars(split))])
@@ -104,6 +105,19 @@ def test_figures_are_those_of_the_file_and_of_the_stage_evaluate(written, smoke)
     )
     assert measured.difference.points == pytest.approx(measured.classifier.test.top1 - measured.linear.test.top1)
     assert measured.parity.cosine_min > 0.999999
+
+
+def test_val_chooses_between_the_trained_head_and_one_fitted_again(written, smoke):
+    own, _ = written
+    cpu, good = torch.device("cpu"), {name: value.data for name, value in own.head.items()}
+    train, val = (features.embed(own.encoder, features.labelled(name), cpu) for name in ("train", "val"))
+    head, refitted = classifier.best_head(good, train, val, 4, smoke)
+    assert head is good
+    assert not refitted
+    bad = {"weight": good["weight"][[1, 2, 3, 0]], "bias": good["bias"]}
+    head, refitted = classifier.best_head(bad, train, val, 4, smoke)
+    assert refitted
+    assert torch.equal(head["weight"], good["weight"])
 
 
 @pytest.mark.parametrize(
