@@ -377,7 +377,7 @@ def right_stages(bench: Bench) -> Iterator[Figure]:
 def right_export(bench: Bench) -> Iterator[Figure]:
     """The exported file's embeddings, by onnxruntime, against the encoder on the device."""
     try:
-        from barlow import export
+        from barlow.evaluation import onnx_file
     except ImportError as error:
         print(f"  not measured: {error}")
         return
@@ -390,8 +390,8 @@ def right_export(bench: Bench) -> Iterator[Figure]:
         for s in itertools.islice(webdataset.read(webdataset.tars("val")), 16)
     ]
     encoder = model.load_encoder()[0]
-    exported = export.Exported(encoder, {}).eval()
-    export.write(exported, {"space": "gpu", "classes": "[]"}, settings(bench).export.opset, Path("encoder.onnx"))
+    exported = onnx_file.Exported(encoder, {}).eval()
+    onnx_file.write(exported, {"space": "gpu", "classes": "[]"}, settings(bench).export.opset, Path("encoder.onnx"))
     from barlow.encoder.encoder import Encoder
 
     found = torch.from_numpy(Encoder("encoder.onnx").embed(pictures))

@@ -14,11 +14,10 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from barlow import export
 from barlow.core import files, provenance
 from barlow.encoder import quantize
 from barlow.encoder.encoder import Encoder
-from barlow.evaluation import exported, neighbours, probe
+from barlow.evaluation import exported, neighbours, onnx_file, probe
 from barlow.evaluation.features import labelled
 from barlow.settings import loading
 from barlow.training import model
@@ -59,10 +58,10 @@ def embedded(path):
 def main() -> None:
     settings = loading.load()
     p, classes = settings.evaluate, len(files.read_json(files.SHARDS / "classes.json"))
-    network = export.Exported(model.load_encoder(files.ENCODER)[0], {}).eval()
+    network = onnx_file.Exported(model.load_encoder(files.ENCODER)[0], {}).eval()
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float32.onnx", Path(folder) / "reduced.onnx"
-        export.write(network, {"space": "benchmark", "classes": "[]"}, settings.export.opset, source)
+        onnx_file.write(network, {"space": "benchmark", "classes": "[]"}, settings.export.opset, source)
         splits, full = embedded(source)
         weight, bias, _ = probe.choose_linear(splits["train"][:2], splits["val"][:2], classes, p.probe_l2)
 

@@ -18,10 +18,10 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # torch's threads would spin on, and 
 import torch
 from rounds import seconds
 
-from barlow import export
 from barlow.core import files, provenance
 from barlow.encoder import quantize
 from barlow.encoder.encoder import Encoder
+from barlow.evaluation import onnx_file
 from barlow.settings import loading
 from barlow.training import model
 
@@ -31,18 +31,18 @@ BATCHES = (1, 16, 64)
 
 def networks(settings):
     """Yield names with the exported network; random weights are as fast as others."""
-    trained = export.Exported(model.load_encoder(files.ENCODER)[0], {}).eval()
+    trained = onnx_file.Exported(model.load_encoder(files.ENCODER)[0], {}).eval()
     yield f"models/encoder.onnx, {trained.encoder.size} px", trained
     for stem, size in (("small", 32), ("imagenet", 224)):
         shape = dataclasses.replace(settings.model, arch="resnet18", stem=stem)
         encoder = model.FrozenEncoder(shape, dataclasses.replace(settings.views, size=size))
-        yield f"resnet18, stem {stem}, {size} px", export.Exported(encoder, {}).eval()
+        yield f"resnet18, stem {stem}, {size} px", onnx_file.Exported(encoder, {}).eval()
 
 
 def variants(network, settings, folder):
     """Return functions of a batch of pixels, by name: torch, and onnxruntime at three precisions."""
     paths = {name: Path(folder) / f"{name}.onnx" for name in ("float32", "int8", "fp16")}
-    export.write(network, {"space": "benchmark", "classes": "[]"}, settings.export.opset, paths["float32"])
+    onnx_file.write(network, {"space": "benchmark", "classes": "[]"}, settings.export.opset, paths["float32"])
     quantize.int8(paths["float32"], paths["int8"], 64)
     quantize.fp16(paths["float32"], paths["fp16"], 0)
     encoders = {name: Encoder(path) for name, path in paths.items()}

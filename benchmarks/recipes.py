@@ -45,7 +45,7 @@ from torchvision.transforms import InterpolationMode
 
 from barlow.core import files, webdataset
 from barlow.settings.params import Params
-from barlow.training import model
+from barlow.training.backbone import backbone as backbone_of
 from barlow.training.optim import warmup_cosine
 
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def lightly(p: Params, seed: int, steps: int, batch_size: int | None = None) -> 
     images = Pairs([view(p.views.size, gaussian_blur=0.0) for view in (BYOLView1Transform, BYOLView2Transform)])
     batch = min(batch_size or 128, len(images))
     torch.manual_seed(seed)
-    backbone = model.backbone(p.model)
+    backbone = backbone_of(p.model, p.views.size)
     head = ProjectionHead([
         (backbone.dim, 2048, nn.BatchNorm1d(2048), nn.ReLU(inplace=True)),
         (2048, 2048, None, None),
@@ -110,7 +110,7 @@ def solo_learn(p: Params, seed: int, steps: int, batch_size: int | None = None) 
     images = Pairs([solo_learn_transform(p.views.size, solarize) for solarize in (0.0, 0.2)])
     batch = min(batch_size or 256, len(images))
     torch.manual_seed(seed)
-    backbone = model.backbone(p.model)
+    backbone = backbone_of(p.model, p.views.size)
     head = nn.Sequential(
         nn.Linear(backbone.dim, 2048),
         nn.BatchNorm1d(2048),

@@ -33,12 +33,12 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from barlow import export
 from barlow.core import files, provenance
 from barlow.core.images import decode
 from barlow.data import synthetic
 from barlow.encoder import quantize
 from barlow.encoder.encoder import Encoder
+from barlow.evaluation import onnx_file
 from barlow.settings import loading
 from barlow.training import model
 
@@ -63,9 +63,11 @@ def networks(defaults, folder):
     yield "models/encoder.onnx", files.ONNX, files.REDUCED / "int8.onnx", photographs(folder / "48", 48)
     for stem, size, side in (("small", 32, 64), ("imagenet", 224, 480)):
         shape = dataclasses.replace(defaults.model, arch="resnet18", stem=stem)
-        network = export.Exported(model.FrozenEncoder(shape, dataclasses.replace(defaults.views, size=size)), {}).eval()
+        network = onnx_file.Exported(
+            model.FrozenEncoder(shape, dataclasses.replace(defaults.views, size=size)), {}
+        ).eval()
         path, small = folder / f"{stem}.onnx", folder / f"{stem}-int8.onnx"
-        export.write(network, {"space": stem, "classes": "[]", "image_size": str(size)}, defaults.export.opset, path)
+        onnx_file.write(network, {"space": stem, "classes": "[]", "image_size": str(size)}, defaults.export.opset, path)
         quantize.int8(path, small, 64)
         yield f"resnet18, {size} px from {side} px", path, small, photographs(folder / str(side), side)
 

@@ -82,6 +82,21 @@ def test_index_takes_files_folders_or_nothing(call):
     assert given == {"paths": ["a.jpg", "photos"], "out": "there", "model": "other.onnx", "keep": True}
 
 
+def test_each_kind_is_promoted_by_name(call, capsys):
+    for command, rest in {"promote": {"check": False}, "rollback": {"version": None}}.items():
+        for flags, kind in (((), "encoder"), (("--kind", "classifier"), "classifier")):
+            given = call(command, *flags)
+            assert given.pop("params")
+            assert given == {"kind": kind, **rest}
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["promote", "--kind", "picture"])
+    assert "invalid choice: 'picture'" in capsys.readouterr().err
+
+
+def test_finetune_takes_all_labels_on_request(call):
+    assert [call("finetune", *flags)["all_labels"] for flags in ((), ("--all-labels",))] == [False, True]
+
+
 def test_serve_has_a_flag_for_each_setting(call):
     default = {"model": "models/encoder.onnx", "host": "127.0.0.1", "port": 8000, "index": "models/index"}
     assert call("serve") == default | vars(Flags())

@@ -20,6 +20,7 @@ from barlow.core.errors import UserError
 from barlow.core.weights import load_weights, save_weights
 from barlow.encoder import quantize
 from barlow.encoder.encoder import Encoder
+from barlow.evaluation import onnx_file
 from barlow.training import model
 
 SIZES = [(30, 40), (24, 24), (30, 40), (50, 20), (24, 24), (9, 11), (30, 40), (64, 64), (24, 24), (30, 40)]
@@ -138,6 +139,7 @@ def test_what_the_file_says_of_itself(inside, smoke):
     assert encoder.classes == CLASSES
     assert encoder.dim == 512
     metadata = encoder.metadata
+    assert (metadata["kind"], encoder.kind) == ("encoder", "encoder")
     assert metadata["image_size"] == str(smoke.views.size)
     assert (metadata["data_hash"], metadata["dim"], json.loads(metadata["classes"])) == ("d1", "512", CLASSES)
     assert len(metadata["params_hash"]) == 64
@@ -208,7 +210,7 @@ def test_a_network_without_convolutions_is_reduced_too(inside, smoke, tmp_path):
     encoder.backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 24 * 24, 8)).requires_grad_(False)
     encoder.whitening = torch.nn.Identity()
     full = tmp_path / "full.onnx"
-    export.write(export.Exported(encoder, {}).eval(), {"space": "s", "classes": "[]"}, 18, full)
+    onnx_file.write(onnx_file.Exported(encoder, {}).eval(), {"space": "s", "classes": "[]"}, 18, full)
     pixels = [images.decode(sample(index, size).data) for index, size in enumerate(SIZES)]
     wanted = torch.cat([encoder(torch.tensor(image)[None]) for image in pixels]).numpy()
     for name, make in (("int8", quantize.int8), ("fp16", quantize.fp16)):
@@ -227,14 +229,16 @@ def test_triton_serves_what_was_exported(inside):
 def test_the_same_weights_give_the_same_bytes_in_another_process(inside, tmp_path):
     script = """
 import sys
-from barlow import export
+from pathlib import Path
 from barlow.core import files
 from barlow.core.weights import load_weights
+from barlow.evaluation import onnx_file
 from barlow.training import model
 encoder, trained = model.load_encoder()
-head, metadata = load_weights(files.HEAD)
-network = export.Exported(encoder, head).eval()
-export.write(network, export._metadata(encoder, trained, metadata["classes"]), 18, files.Path(sys.argv[1]))
+head, of_head = load_weights(files.HEAD)
+recipe = [trained[section] for section in ("model", "views", "pretrain")]
+metadata = onnx_file.metadata("encoder", encoder, of_head["classes"], trained["data"], recipe)
+onnx_file.write(onnx_file.Exported(encoder, head).eval(), metadata, 18, Path(sys.argv[1]))
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "again.onnx")], check=True, timeout=120)
     assert (tmp_path / "again.onnx").read_bytes() == files.ONNX.read_bytes()
@@ -287,7 +291,7 @@ def test_disagreement_leaves_the_old_file(inside, smoke, monkeypatch, tensor, ch
         spoilt.CopyFrom(onnx.numpy_helper.from_array(values, tensor))
         path.write_bytes(proto.SerializeToString())
 
-    monkeypatch.setattr(export, "write", broken)
+    monkeypatch.setattr(onnx_file, "write", broken)
     with pytest.raises(RuntimeError, match=figure):
         export.run(smoke)
     assert {path: path.read_bytes() for path in inside.glob("[mr]*/**/*") if path.is_file()} == before
@@ -304,27 +308,3 @@ def test_missing_inputs_name_their_stage(smoke, tmp_path, monkeypatch):
     write_weights(smoke)
     with pytest.raises(UserError, match="run `barlow shard`"):
         export.run(smoke)
-
-
-def test_pictures_are_the_val_splits_first(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    webdataset.write(files.SHARDS / "pretrain-000000.tar", [sample(0, (30, 31)), sample(1, (30, 32))])
-    webdataset.write(files.SHARDS / "val-000000.tar", [sample(2, (30, 33))])
-    assert [picture.shape[1] for picture in export._pictures(2)] == [33, 31]
-
-
-def test_cosine_of_dead_rows():
-    dead, alive = np.zeros((1, 3), np.float32), np.ones((1, 3), np.float32)
-    assert export._cosine(dead, dead) == [1]
-    assert export._cosine(dead, alive) == [0]
-    assert export._cosine(alive, -2 * alive) == pytest.approx([-1])
-
-
-def test_embedding_space_differs_with_whatever_changes_embeddings(smoke):
-    def space(seed=0, **views):
-        torch.manual_seed(seed)
-        return export.embedding_space(model.FrozenEncoder(smoke.model, dataclasses.replace(smoke.views, **views)))
-
-    assert space() == space(flip=0.1)  # training only
-    spaces = {space(), space(seed=1), space(size=32), space(mean=(0.5, 0.5, 0.5)), space(std=(0.5, 0.5, 0.5))}
-    assert len(spaces) == 5

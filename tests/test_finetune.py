@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from barlow import finetune
-from barlow.core import files, progress, webdataset
+from barlow.core import files, images, progress, webdataset
+from barlow.core.errors import UserError
 from barlow.core.weights import save_weights
+from barlow.encoder.encoder import Encoder
 from barlow.evaluation.figures import Budget
 from barlow.finetune import Study
 from barlow.training import model
@@ -23,8 +25,8 @@ def params(smoke, change):
 def encoder(project, smoke):
     torch.manual_seed(7)
     encoder = model.FrozenEncoder(smoke.model, smoke.views)
-    identity = {"model": dataclasses.asdict(smoke.model), "views": dataclasses.asdict(smoke.views)}
-    save_weights(files.ENCODER, encoder.state_dict(), identity)
+    identity = {name: dataclasses.asdict(getattr(smoke, name)) for name in ("model", "views", "pretrain")}
+    save_weights(files.ENCODER, encoder.state_dict(), identity | {"data": "d1"})
     return encoder
 
 
@@ -134,12 +136,16 @@ def test_with_one_learning_rate_there_is_nothing_to_choose(recorded):
     assert seen == [(0.3, "test")] * 5
 
 
-def test_without_labels_there_is_nothing_to_finetune(encoder, params, small_shards):
+@pytest.fixture
+def unlabelled(encoder, small_shards):
     files.SHARDS.unlink()
     for split in ("pretrain", "train", "val", "test"):
         samples = webdataset.read(webdataset.tars(split, small_shards))
         webdataset.write(files.SHARDS / f"{split}-000000.tar", (sample._replace(label=-1) for sample in samples))
     files.write_json(files.SHARDS / webdataset.CLASSES_FILE, [])
+
+
+def test_without_labels_there_is_nothing_to_finetune(unlabelled, params):
     finetune.run(params)
     metrics = files.read_json("reports/finetune.json")
     assert (metrics["fine_tuned"], metrics["supervised"]) == ({}, None)
@@ -161,3 +167,46 @@ def test_without_draws_nothing_is_trained(encoder, params, change, monkeypatch):
     finetune.run(change(params, "finetune", draws=0, supervised_budget=0.0))
     metrics = files.read_json("reports/finetune.json")
     assert (metrics["fine_tuned"], metrics["supervised"]) == ({}, None)
+
+
+def test_all_labels_write_a_classifier_that_has_learnt_them(encoder, params, change, monkeypatch):
+    """60 steps from random weights; the file has the network that was trained, and no study is written."""
+    trained, train = [], Study.train
+    monkeypatch.setattr(Study, "train", lambda *given: trained.append(train(*given)) or trained[-1])
+    finetune.run(change(params, "finetune", batch_size=32, steps=1, classifier_epochs=32, lr=(0.05,)), all_labels=True)
+    samples = list(webdataset.read(webdataset.tars("train")))
+    logits = Encoder(files.CLASSIFIER).classify([images.decode(sample.data) for sample in samples])
+    assert 100 * np.mean(logits.argmax(1) == [sample.label for sample in samples]) > 60
+    [(own, _)] = trained
+    pixels = np.stack([images.decode(sample.data) for sample in samples[:8]])
+    found = Encoder(files.CLASSIFIER).embed(pixels)
+    np.testing.assert_allclose(own(torch.from_numpy(pixels)).numpy(), found, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(own.backbone.conv1.weight, encoder.backbone.conv1.weight)  # the whole network was trained
+    assert files.read_json(files.CLASSIFYING)["steps"] == 60  # 32 epochs of 60 images in batches of 32
+    assert not files.FINETUNING.exists()
+
+
+def test_a_small_set_gets_as_many_steps_as_the_study_and_val_chooses_the_rate(recorded, params, change, monkeypatch):
+    study, trained, seen = recorded((0.1, 0.2, 0.3))
+    monkeypatch.setattr(finetune, "Study", lambda _: study)
+    with pytest.raises(TypeError):  # `train` is a stand-in: there is no network to write
+        finetune.run(change(params, "finetune", steps=50, classifier_epochs=1, lr=(0.1, 0.2, 0.3)), all_labels=True)
+    assert trained == [(0.1, 50), (0.2, 50), (0.3, 50)]
+    assert seen == [(0.1, "val"), (0.2, "val"), (0.3, "val")]
+
+
+def test_a_classifier_needs_labels(unlabelled, params):
+    with pytest.raises(UserError, match=r"^data/shards has no labelled images in train, val, test, and --all-labels"):
+        finetune.run(params, all_labels=True)
+    assert not files.CLASSIFIER.exists()
+
+
+def test_a_classifier_has_the_network_that_was_pretrained(encoder, params, change):
+    with pytest.raises(UserError, match=r"views differs from that of models/encoder\.safetensors; run `dvc repro`"):
+        finetune.run(change(params, "views", size=32), all_labels=True)
+
+
+def test_training_that_diverges_is_told(encoder, params, change):
+    with pytest.raises(UserError, match=r"finetune\.lr=\[1e\+30\]: the network diverged to NaN; add a lower"):
+        finetune.run(change(params, "finetune", lr=(1e30,)), all_labels=True)
+    assert not files.CLASSIFIER.exists()

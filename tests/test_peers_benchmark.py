@@ -135,14 +135,17 @@ def test_what_has_a_row_is_not_run_again(module, tmp_path, monkeypatch):
 
 def test_time_to_quality_is_that_of_the_first_mean_that_reaches_the_peer(module):
     def row(label, seconds, *knn):
-        curve = [{"knn": each, "cpu_seconds": seconds * i / len(knn)} for i, each in enumerate(knn, 1)]
+        curve = [
+            {"knn": each - 1, "knn_whitened": each, "cpu_seconds": seconds * i / len(knn)}
+            for i, each in enumerate(knn, 1)
+        ]
         return {"method": label, "label": label, "budget": {"steps": 9}, "curve": curve} | curve[-1]
 
     rows = [
         row("ours", 90, 30, 50, 70),
         row("ours", 90, 50, 60, 70),
-        row("lightly", 110, 55),
-        row("solo-learn", 50, 71),
+        row("lightly", 110, 56),
+        row("solo-learn", 50, 72),
     ]
     lightly, solo = module("peers").time_to_quality(rows)
     assert lightly.endswith("after 110 s of processor time (55.0 %) after 60 s, 0.55 of that.")

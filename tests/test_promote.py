@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import stages
 import torch
 
 from barlow import promote, rollback
@@ -12,7 +13,8 @@ from barlow.core import files, images, webdataset
 from barlow.core.errors import GateError, Interrupted, UserError
 from barlow.encoder.encoder import Encoder
 from barlow.encoder.registry import Registry
-from barlow.evaluation import features
+from barlow.evaluation import classifier, features, figures, probe
+from barlow.evaluation.figures import Images, Parity, Speed
 
 CLASSES = ["a", "b", "c", "d"]
 
@@ -292,3 +294,152 @@ def test_the_log_has_each_decision(encoders, held):
     entries = [json.loads(path.read_text()) for path in sorted(held.folder.glob("log/*.json"))]
     assert [entry["decision"] for entry in entries] == ["promoted", "refused"]
     assert [entry["production"] for entry in entries] == ["v1", "v1"]
+
+
+@pytest.fixture
+def classifiers(encoders):
+    """`classifiers(name)` writes models/classifier.onnx: "good" has a linear probe as its head, "better" the same times
+    two, "bad" the same for other classes; its embedding is that of `encoders`' "edges"."""
+
+    def write(name):
+        classes = webdataset.classes()
+        encoders("edges", classes)
+        proto = onnx.load(files.ONNX)
+        train = features.Split(*(Encoder().embed(pictures("train")), labels("train"), []))
+        [(weight, bias)] = probe.fit_linear(
+            torch.from_numpy(train.features), train.labels, len(classes), [1e-3]
+        ).values()
+        weight, bias = {"good": (weight, bias), "better": (2 * weight, 2 * bias), "bad": (weight[[1, 2, 3, 0]], bias)}[
+            name
+        ]
+        head = proto.graph.node[-1]
+        assert head.op_type == "Slice"
+        proto.graph.node.remove(head)
+        proto.graph.node.append(onnx.helper.make_node("Gemm", ["embedding", "w", "b"], ["logits"], transB=1))
+        proto.graph.initializer.extend(
+            onnx.numpy_helper.from_array(v.numpy(), k) for k, v in {"w": weight, "b": bias}.items()
+        )
+        metadata = {entry.key: entry.value for entry in proto.metadata_props}
+        onnx.helper.set_model_props(proto, metadata | {"kind": "classifier", "space": f"space of {name}"})
+        onnx.save(proto, files.CLASSIFIER)
+        report()
+
+    def report(**values):
+        top1 = classifier.Accuracies(stages.accuracy(90.0), stages.accuracy(88.0))
+        difference = figures.Gain(3.0, 1.0, 5.0)
+        fields = {
+            "sha256": files.sha256(files.CLASSIFIER), "images": Images(60, 30, 60), "classes": 4, "steps": 7, "lr": 0.1,
+            "refitted": True, "classifier": top1, "linear": top1, "difference": difference,
+            "parity": Parity(1.0, 1e-6, 64, True), "speed": Speed(1.5, 100.0),
+        }  # fmt: skip
+        figures.write(files.CLASSIFYING, classifier.Classifying(**fields | values))
+
+    write.report, write.params = report, encoders.params
+    return write
+
+
+def pictures(split):
+    return [images.decode(sample.data) for sample in webdataset.read(webdataset.tars(split))]
+
+
+def labels(split):
+    return torch.tensor([sample.label for sample in webdataset.read(webdataset.tars(split))])
+
+
+@pytest.fixture
+def line():
+    """The registry of the classifiers."""
+    return Registry("models/registry", "classifier")
+
+
+def test_a_classifier_has_versions_of_its_own(encoders, classifiers, held, line, capsys):
+    """Its promotion and its rollback leave the encoder in production, and the other way round."""
+    classifiers("good")
+    encoders("other")
+    promote.run(encoders.params)
+    encoder = held.production().onnx.read_bytes()
+    for name in ("good", "better"):
+        classifiers(name)
+        promote.run(encoders.params, kind="classifier")
+    capsys.readouterr()
+    assert (production(held), [version.name for version in held.versions()]) == ("v1", ["v1"])
+    assert held.production().onnx.read_bytes() == encoder
+    assert (production(line), line.folder) == ("v2", Path("models/registry/classifier"))
+    version = line.production()
+    assert (version.kind, version.damage()) == ("classifier", None)
+    assert files.sha256(Path("models/registry/classifier/production/classifier.onnx")) == version.card["sha256"]
+    assert (version.card["kind"], version.card["space"]) == ("classifier", "space of better")
+    card = (version.path / "README.md").read_text()
+    wanted = (
+        "# An image classifier",
+        "+3.0 points (+1.0 to +5.0)",
+        "| classifier |",
+        "rollback --kind classifier",
+        "1.5 ms",
+    )
+    for text in wanted:
+        assert text in card
+    rollback.run(encoders.params, kind="classifier")
+    assert "rolled back: v1 is in production, v2 is withdrawn" in capsys.readouterr().out
+    assert (production(line), production(held)) == ("v1", "v1")
+    with pytest.raises(GateError, match="`barlow rollback v2 --kind classifier` puts it back"):
+        promote.run(encoders.params, kind="classifier")
+    encoders("edges")
+    promote.run(encoders.params)
+    assert (production(line), production(held)) == ("v1", "v2")
+
+
+def test_a_classifier_is_judged_by_its_own_logits(classifiers, line):
+    """The embeddings, and so probe and kNN, are those of the classifier in production; only the head is worse."""
+    classifiers("good")
+    promote.run(classifiers.params, kind="classifier")
+    right = Encoder(files.CLASSIFIER).classify(pictures("test")).argmax(1) == labels("test").numpy()
+    assert decision()["figures"]["challenger"]["logits"]["top1"] == pytest.approx(100 * right.mean())
+    classifiers("bad")
+    with pytest.raises(
+        GateError, match=r"refused: logits: difference to production: -\d+\.\d points [^;]*; in production is v1"
+    ):
+        promote.run(classifiers.params, kind="classifier")
+    assert production(line) == "v1"
+    assert decision()["checks"]["linear: difference to production"]["passed"]
+
+
+def test_one_kind_is_not_promoted_as_the_other(classifiers, held, line):
+    classifiers("good")
+    files.CLASSIFIER.replace(files.ONNX)
+    with pytest.raises(
+        UserError, match=r"models/encoder\.onnx holds a model of kind classifier; write the encoder there"
+    ):
+        promote.run(classifiers.params)
+    with pytest.raises(UserError, match=r"models/classifier\.onnx is missing; run `barlow finetune --all-labels`"):
+        promote.run(classifiers.params, kind="classifier")
+    assert held.production() is line.production() is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sha256": "0"}, r"reports/classifier\.json is of another file than models/classifier\.onnx; run `barlow fin"),
+        (
+            {"parity": Parity(0.9, 0.1, 64, True)},
+            r"parity: smallest cosine to torch, 64 images: 0\.9, at least export\.",
+        ),
+    ],
+)
+def test_what_was_measured_when_a_classifier_was_written_counts(classifiers, line, values, message):
+    classifiers("good")
+    classifiers.report(**values)
+    with pytest.raises(GateError, match=message):
+        promote.run(classifiers.params, kind="classifier")
+    assert line.production() is None
+
+
+def test_a_classifier_is_not_judged_without_labels(classifiers, small_shards):
+    classifiers("good")
+    files.SHARDS.unlink()
+    for split in ("pretrain", "train", "val", "test"):
+        samples = webdataset.read(webdataset.tars(split, small_shards))
+        webdataset.write(files.SHARDS / f"{split}-000000.tar", (sample._replace(label=-1) for sample in samples))
+    files.write_json(files.SHARDS / webdataset.CLASSES_FILE, [])
+    with pytest.raises(GateError, match="a classifier is judged on labels"):
+        promote.run(classifiers.params, kind="classifier")

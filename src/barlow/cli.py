@@ -51,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
         added = command(stage, text, f"Stage `{stage}`: {text}. Its settings are in params.yaml.")
         if stage == "pretrain":
             added.add_argument("--dry-run", action="store_true", help="print what would run, with its memory and time")
+        if stage == "finetune":
+            text = f"write {files.CLASSIFIER}, trained on all labels of train, instead of the study"
+            added.add_argument("--all-labels", action="store_true", help=text)
     command("scan", "note in data/source.json which files ingest.source has, so that DVC sees added images")
     command("summary", "print the headline figures of the last run")
     compare = command("compare", "put this run beside that of a git revision or DVC experiment: reports/compare.html")
@@ -65,10 +68,15 @@ def parser() -> argparse.ArgumentParser:
     tune = command("tune", "try other learning rates, crops and lambdas in short runs, and say which are better")
     tune.add_argument("--minutes", type=float, metavar="M", help="of pretraining, in all (default 12, or 30 on a GPU)")
     tune.add_argument("--apply", action="store_true", help="write the best settings to params.yaml")
-    promote = command("promote", "put models/encoder.onnx into production, if it is not worse than what is there")
+    promote = command(
+        "promote", "put models/encoder.onnx, or the classifier, into production, if it is not worse than what is there"
+    )
     promote.add_argument("--check", action="store_true", help="only look whether a promotion could work")
     rollback = command("rollback", "put an earlier version back into production")
     rollback.add_argument("version", nargs="?", metavar="VERSION", help="default: the one before")
+    for mover in (promote, rollback):
+        text = "default %(default)s; each kind has versions of its own"
+        mover.add_argument("--kind", choices=[*files.KINDS], default="encoder", help=text)
     drift = command("drift", "compare recent images with those that the encoder in production was trained on")
     drift.add_argument("recent", nargs="?", metavar="FOLDER|PARQUET", help="default: drift.recent of params.yaml")
     claims = command("claims", "test the paper's claims by DVC experiments: reports/claims.json, one table per claim")

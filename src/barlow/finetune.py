@@ -3,12 +3,17 @@
 Reads models/encoder.safetensors and data/shards. Writes reports/finetune.json. On a share of train's labels, both
 starts get the same labels, steps and candidate learning rates. On all labels, a network from random weights sees as
 many images as pretraining did. The protocol is in docs/evaluation.md.
+
+`barlow finetune --all-labels` trains the pretrained network on all labels of train instead. Writes
+models/classifier.onnx and reports/classifier.json. It is no stage of `dvc repro`.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -16,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from barlow.core import files, webdataset
+from barlow.core.errors import UserError
 from barlow.core.progress import shown
-from barlow.evaluation import features, intervals, probe
+from barlow.evaluation import classifier, features, intervals, probe
+from barlow.evaluation.classifier import Tuned
 from barlow.evaluation.figures import Budget, FineTuned, FineTuning, Network, Supervised, write
 from barlow.settings.params import Params
 from barlow.training import distributed, model
@@ -26,19 +33,24 @@ from barlow.training.views import single_views
 
 WARMUP = 0.1  # of the steps
 TRIAL = 0.1  # share of the supervised network's steps that a trial of a learning rate takes
+SPLITS = ("train", "val", "test")
 Weights = dict[str, Tensor]
 
 
-def run(params: Params) -> None:
-    """Fine-tune, train the supervised network, write the metrics and print them.
+def run(params: Params, all_labels: bool = False) -> None:
+    """Fine-tune, train the supervised network, write the metrics and print them; or train the classifier.
 
     Raises:
-        UserError: there is no encoder, or no shards.
+        UserError: there is no encoder, or no shards; with `all_labels`, a split has no labels, the network's settings
+            changed after pretraining, or training diverged.
     """
+    if all_labels:
+        train_classifier(params)
+        return
     started, p = time.monotonic(), params.finetune
     fine_tuned, supervised = {}, None
     pretrained = model.load_encoder()[0].backbone.state_dict()
-    if all(next(features.labelled(split), None) for split in ("train", "val", "test")):
+    if all(next(features.labelled(split), None) for split in SPLITS):
         study = Study(params)
         for share in p.label_shares if p.draws else ():
             budget = Budget(None, share)
@@ -46,6 +58,23 @@ def run(params: Params) -> None:
         if p.supervised_budget > 0:
             supervised = study.supervised()
     write(files.FINETUNING, FineTuning(time.monotonic() - started, fine_tuned, supervised))
+
+
+def train_classifier(params: Params) -> None:
+    """Train the whole network on all labels of train from the pretrained weights, and write it as a classifier."""
+    start, trained = model.load_encoder()
+    for section in ("model", "views"):
+        if json.loads(json.dumps(asdict(getattr(params, section)))) != trained[section]:
+            raise UserError(f"params.yaml: {section} differs from that of {files.ENCODER}; run `dvc repro` first")
+    if missing := [split for split in SPLITS if next(features.labelled(split), None) is None]:
+        text = f"{files.SHARDS} has no labelled images in {', '.join(missing)}, and --all-labels needs some in each of"
+        raise UserError(f"{text} {', '.join(SPLITS)}; see docs/own-images.md for how to give labels")
+    study, p = Study(params), params.finetune
+    steps = max(p.steps, round(p.classifier_epochs * len(study.labelled) / p.batch_size))
+    lr, (encoder, head) = study.best(start.backbone.state_dict(), study.labelled, p.lr, steps)
+    if not all(weight.isfinite().all() for weight in encoder.state_dict().values()):
+        raise UserError(f"finetune.lr={list(p.lr)}: the network diverged to NaN; add a lower learning rate")
+    classifier.write(Tuned(encoder, head.state_dict(), lr, steps), start, trained, params)
 
 
 class Trained(NamedTuple):

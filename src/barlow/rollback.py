@@ -1,4 +1,7 @@
-"""`barlow rollback [VERSION]`: put an earlier version back into production; reads and writes only the registry."""
+"""`barlow rollback [VERSION]`: put an earlier version back into production; reads and writes only the registry.
+
+With `--kind classifier` that of the classifier; each kind has its own versions.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ from barlow.production import tags
 from barlow.settings.params import Params
 
 
-def run(params: Params, version: str | None = None) -> None:
+def run(params: Params, version: str | None = None, kind: str = "encoder") -> None:
     """Put `version`, by default the one before, into production; mark the current version as withdrawn.
 
     Raises:
         UserError: there is no such version, or it is damaged.
         Interrupted: another process holds the registry's lock.
     """
-    registry = Registry(params.promote.registry)
+    registry = Registry(params.promote.registry, kind)
     with registry.locked():
         try:
             current = registry.production()

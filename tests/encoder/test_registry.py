@@ -98,6 +98,23 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         pass
 
 
+def test_each_kind_has_versions_of_its_own_and_one_lock(held):
+    other = Registry(held.folder, "classifier")
+    with pytest.raises(Interrupted, match="another process is promoting"), other.locked():
+        pass
+    encoder = add(held, b"encoder")
+    content = {"classifier.onnx": b"classifier"}
+    version = other.add(content, {"sha256": hashlib.sha256(b"classifier").hexdigest()})
+    held.point(encoder)
+    other.point(version)
+    assert (encoder.kind, version.kind) == ("encoder", "classifier")
+    assert (held.versions(), other.versions()) == ([encoder], [version])
+    assert (held.folder / "classifier/production/classifier.onnx").read_bytes() == b"classifier"
+    assert version.damage() is None
+    version.onnx.unlink()
+    assert "cannot be read" in version.damage()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '""'])
 def test_a_damaged_list_of_withdrawn_versions_is_named(tmp_path, content):
     (tmp_path / "withdrawn.json").write_text(content)

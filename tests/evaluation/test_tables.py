@@ -79,8 +79,8 @@ def test_each_accuracy_is_in_its_column():
 
 def test_the_gates_table_has_a_column_per_encoder():
     candidates = {
-        "challenger": Candidate(None, Accuracy(50.0, 40.0, 60.0), 12.34, 0.5),
-        "v1": Candidate(None, None, 1.5, 0.25),
+        "challenger": Candidate(None, None, Accuracy(50.0, 40.0, 60.0), 12.34, 0.5),
+        "v1": Candidate(None, None, None, 1.5, 0.25),
     }
     assert tables.columns(candidates).splitlines() == [
         "| | challenger | v1 |",

@@ -56,7 +56,7 @@ def test_the_decision_has_figures_side_by_side_and_each_check():
 
     def candidate(top1):
         accuracy = {"top1": top1, "low": top1 - 5, "high": top1 + 5}
-        return {"linear": None, "knn": accuracy, "effective_rank": 12.345, "std": 0.5}
+        return {"logits": None, "linear": None, "knn": accuracy, "effective_rank": 12.345, "std": 0.5}
 
     text = pages.decision(
         {

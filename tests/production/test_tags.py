@@ -50,6 +50,20 @@ def test_tagging_again_does_nothing_and_going_back_assigns_again(repository):
     assert git("rev-parse", "encoder#production#3^{commit}") == git("rev-parse", "encoder@v1.0.0^{commit}")
 
 
+def test_a_classifier_has_tags_of_its_own(repository):
+    path = Path("models/registry/classifier/versions/v1")
+    path.mkdir(parents=True)
+    (path / "classifier.onnx").touch()
+    tags.tag(version(1))
+    assert tags.tag(Version(path)) == "git tags classifier@v1.0.0 and classifier#production"
+    assert git("tag").split() == [
+        "classifier#production#1",
+        "classifier@v1.0.0",
+        "encoder#production#1",
+        "encoder@v1.0.0",
+    ]
+
+
 def test_gto_reads_them(repository):
     from gto import api
 

@@ -17,7 +17,7 @@ from barlow.core import files, images, webdataset
 from barlow.core.errors import UserError
 from barlow.core.weights import load_weights
 from barlow.encoder.encoder import Encoder
-from barlow.evaluation import features
+from barlow.evaluation import features, onnx_file
 from barlow.training import dry_run, model
 from barlow.training.backbone import backbone
 
@@ -184,7 +184,7 @@ def test_the_exported_file_embeds_as_timm_does(piped, wanted):
     np.testing.assert_allclose(encoder.embed(pictures(), 7), wanted, atol=1e-4 * np.abs(wanted).max())
     odd = [np.zeros((9, 70, 3), np.uint8), np.full((200, 31, 3), 255, np.uint8)]
     assert np.isfinite(encoder.embed(odd)).all()
-    assert encoder.metadata["space"] == export.embedding_space(model.load_encoder()[0])
+    assert encoder.metadata["space"] == onnx_file.embedding_space(model.load_encoder()[0])
     assert (files.TRITON / "encoder/1/model.onnx").read_bytes() == files.ONNX.read_bytes()
     assert f"dims: [ {wanted.shape[1]} ]" in (files.TRITON / "encoder/config.pbtxt").read_text()
 

@@ -32,6 +32,7 @@ class Encoder:
     Attributes:
         dim: length of an embedding.
         classes: names of the classes; None if no head was fitted.
+        kind: "encoder", or "classifier" if the whole network was trained on labels.
         metadata: what `barlow export` wrote into the file: version, hashes, image size, embedding space.
     """
 
@@ -41,7 +42,8 @@ class Encoder:
         Raises:
             UserError: the file is missing or damaged, or `barlow export` did not write it.
         """
-        files.require(path, "export", ", or name another file with --model")
+        command = "finetune --all-labels" if Path(path) == files.CLASSIFIER else "export"
+        files.require(path, command, ", or name another file with --model")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or files.cpus()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it takes time from other processes
@@ -60,6 +62,7 @@ class Encoder:
         if inputs != [("images", "tensor(uint8)", 4)] or "embedding" not in outputs or "space" not in self.metadata:
             raise UserError(f"{path} was not written by `barlow export` (inputs {inputs}, outputs {[*outputs]})")
         self.dim: int = outputs["embedding"]
+        self.kind = self.metadata.get("kind", "encoder")
         self._large = onnxruntime.RunOptions()
         self._large.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self.classes: list[str] | None = json.loads(self.metadata["classes"]) if "logits" in outputs else None

@@ -1,7 +1,10 @@
 """The registry: immutable versions of the encoder, and which of them is in production.
 
-versions/v1/      encoder.onnx, card.json, README.md (the card for people), decision.json, reference.npy and, if
-                  `barlow export` made them from this encoder, int8.onnx and fp16.onnx
+Classifiers have a registry of their own, the folder `classifier` in that of the encoders: each kind counts its own
+versions, and none replaces one of the other kind.
+
+versions/v1/      encoder.onnx or classifier.onnx, card.json, README.md (the card for people), decision.json,
+                  reference.npy and, if `barlow export` made them from this encoder, int8.onnx and fp16.onnx
 production        a link to a version, replaced atomically; serve production/encoder.onnx
 withdrawn.json    versions that were rolled back; `barlow promote` does not promote these again
 log/              one JSON file per decision and per rollback
@@ -24,7 +27,7 @@ from barlow.core.errors import Interrupted, UserError
 
 
 class Version(NamedTuple):
-    """A version of the encoder; its files never change."""
+    """A version of the encoder or the classifier; its files never change."""
 
     path: Path
 
@@ -39,9 +42,14 @@ class Version(NamedTuple):
         return int(self.name[1:])
 
     @property
+    def kind(self) -> str:
+        """Return which of `files.KINDS` it is."""
+        return next((kind for kind in files.KINDS if (self.path / f"{kind}.onnx").exists()), "encoder")
+
+    @property
     def onnx(self) -> Path:
-        """Return the path of the encoder."""
-        return self.path / "encoder.onnx"
+        """Return the path of the ONNX file."""
+        return self.path / f"{self.kind}.onnx"
 
     @property
     def reference(self) -> Path:
@@ -50,7 +58,7 @@ class Version(NamedTuple):
 
     @property
     def card(self) -> dict[str, Any]:
-        """Return the card: `sha256` of encoder.onnx, `space`, `classes`, `replaces`, `metrics` and more.
+        """Return the card: `sha256` of the ONNX file, `space`, `classes`, `replaces`, `metrics` and more.
 
         `reduced` maps the names of files of lower precision to their SHA-256.
         """
@@ -71,8 +79,9 @@ class Version(NamedTuple):
 class Registry:
     """The versions in a folder, which several clones and machines may share. Whoever writes must hold the lock."""
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, kind: str = "encoder") -> None:
+        self.folder = Path(folder) if kind == "encoder" else Path(folder) / kind
+        self._lock = Path(folder) / ".lock"  # of both kinds, which write git tags and models/decision.json
         self._pointer = self.folder / "production"
         self._withdrawn = self.folder / "withdrawn.json"
 
@@ -102,7 +111,7 @@ class Registry:
             ) from None
 
     def find(self, sha256: str) -> Version | None:
-        """Return the newest intact version whose encoder.onnx has this SHA-256, or None."""
+        """Return the newest intact version whose ONNX file has this SHA-256, or None."""
         for version in reversed(self.versions()):
             with suppress(OSError, ValueError, KeyError):  # a damaged card
                 if version.card["sha256"] == sha256 and not version.damage():
@@ -131,7 +140,7 @@ class Registry:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("w")
+            lock = self._lock.open("w")
         except OSError as error:
             raise UserError(f"promote.registry={self.folder} cannot be written ({error.strerror})") from None
         with lock:

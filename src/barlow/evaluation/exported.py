@@ -21,16 +21,21 @@ COMPARED_IMAGES = 1000  # at most, whose neighbours two encoders are compared by
 
 
 def embed(encoder: Encoder, samples: Iterator[webdataset.Sample]) -> Split:
-    """Embed images with onnxruntime.
+    """Embed images with onnxruntime; raises as `outputs` does."""
+    return outputs(encoder, samples)[0]
+
+
+def outputs(encoder: Encoder, samples: Iterator[webdataset.Sample]) -> tuple[Split, Tensor]:
+    """Return the embeddings and the logits (images, classes), which have no columns if no head was fitted.
 
     Raises:
         GateError: an embedding is not finite; the message names the image.
     """
-    split, _ = _embed(encoder, samples)
+    split, logits = _embed(encoder, samples)
     for key, finite in zip(split.keys, split.features.isfinite().all(1).tolist(), strict=True):
         if not finite:
             raise GateError(f"the embedding of image {key} has a NaN or an infinity")
-    return split
+    return split, logits
 
 
 def accuracy(encoder: Encoder, p: Evaluate) -> Top1 | None:
@@ -51,7 +56,6 @@ def compared(encoder: Encoder) -> Tensor:
 
 
 def _embed(encoder: Encoder, samples: Iterator[webdataset.Sample]) -> tuple[Split, Tensor]:
-    """Return the embeddings and the logits (images, classes), which have no columns if no head was fitted."""
     logits = [torch.zeros(0, len(encoder.classes or []))]
 
     def vectors(pixels: Iterator[Pixels]) -> Tensor:

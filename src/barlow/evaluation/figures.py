@@ -192,6 +192,7 @@ class Exporting:
 class Candidate:
     """What the gate measured of one encoder; without labels, no accuracies."""
 
+    logits: Accuracy | None  # of a classifier, whose network and head were trained together
     linear: Accuracy | None
     knn: Accuracy | None
     effective_rank: float

@@ -72,7 +72,7 @@ def words(budget: Budget) -> str:
 def columns(candidates: Mapping[str, Candidate]) -> str:
     """Return what the gate measured of encoders, by name, as Markdown: one column per encoder, one row per figure."""
     lines = [f"| | {' | '.join(candidates)} |", f"|---|{'---|' * len(candidates)}"]
-    for key, title in {"linear": "linear probe", "knn": "weighted kNN"}.items():
+    for key, title in {"logits": "classifier", "linear": "linear probe", "knn": "weighted kNN"}.items():
         accuracies = [getattr(each, key) for each in candidates.values()]
         if any(accuracies):
             lines.append(f"| {title} | {' | '.join(str(each or '') for each in accuracies)} |")

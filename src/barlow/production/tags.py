@@ -1,4 +1,4 @@
-"""Versions as git tags, in GTO's format: `encoder@v3.0.0` is version 3.
+"""Versions as git tags, in GTO's format: `encoder@v3.0.0` is version 3 of the encoder, `classifier@v3.0.0` the other's.
 
 `encoder#production#N` marks the Nth time that a version was put into production. The tags of a version are on a commit
 of its own, which is on no branch: a child of HEAD that also holds the current dvc.lock and metrics. So
@@ -16,7 +16,7 @@ from barlow.core import provenance
 from barlow.core.errors import UserError
 from barlow.encoder.registry import Version
 
-NAME, STAGE = "encoder", "production"
+STAGE = "production"
 WRITTEN = ("dvc.lock", "data/", "models/", "reports/")  # by stages; a change anywhere else was made by a person
 AUTHOR, EMAIL = "barlow", "barlow@localhost"
 
@@ -44,19 +44,19 @@ def tag(version: Version) -> str:
         return "no git repository, so no tag"
     from gto import api  # here: the import takes a second, and only promotions need it
 
-    number = f"v{version.number}.0.0"
+    kind, number = version.kind, f"v{version.number}.0.0"
     options: dict[str, Any] = {"message": f"registry {version.name}", "author": AUTHOR, "author_email": EMAIL}
     try:
-        if f"{NAME}@{number}" not in provenance.git("tag", "--list", f"{NAME}@*").split():
-            api.register(".", NAME, _snapshot(version), version=number, **options)
-        assigned = provenance.git("tag", "--list", "--sort=-version:refname", f"{NAME}#{STAGE}#*").split()[:1]
-        commits = [provenance.git("rev-parse", f"{name}^{{commit}}") for name in (f"{NAME}@{number}", *assigned)]
+        if f"{kind}@{number}" not in provenance.git("tag", "--list", f"{kind}@*").split():
+            api.register(".", kind, _snapshot(version), version=number, **options)
+        assigned = provenance.git("tag", "--list", "--sort=-version:refname", f"{kind}#{STAGE}#*").split()[:1]
+        commits = [provenance.git("rev-parse", f"{name}^{{commit}}") for name in (f"{kind}@{number}", *assigned)]
         if commits[1:] != commits[:1]:
-            api.assign(".", NAME, STAGE, version=number, force=True, **options)
+            api.assign(".", kind, STAGE, version=number, force=True, **options)
     except Exception as error:  # of gto, its libraries or git; the registry is right all the same
         reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         return f"the promotion holds, but not its git tag ({str(reason).strip()}); promote again to retry"
-    return f"git tags {NAME}@{number} and {NAME}#{STAGE}"
+    return f"git tags {kind}@{number} and {kind}#{STAGE}"
 
 
 def _snapshot(version: Version) -> str:
@@ -67,4 +67,4 @@ def _snapshot(version: Version) -> str:
         provenance.git("add", "--update", "--", ".", environment=index)
         tree = provenance.git("write-tree", environment=index)
     author = ["-c", f"user.name={AUTHOR}", "-c", f"user.email={EMAIL}"]
-    return provenance.git(*author, "commit-tree", tree, "-p", "HEAD", "-m", f"encoder {version.name}")
+    return provenance.git(*author, "commit-tree", tree, "-p", "HEAD", "-m", f"{version.kind} {version.name}")

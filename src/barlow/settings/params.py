@@ -157,6 +157,7 @@ class Finetune:
     label_shares: tuple[Share, ...]
     draws: Count
     steps: Positive
+    classifier_epochs: Positive
     batch_size: Annotated[int, Range(2)]
     lr: tuple[Above0, ...]
     momentum: Fraction
