@@ -45,6 +45,7 @@ from torchvision.transforms import InterpolationMode
 
 from barlow.core import files, webdataset
 from barlow.settings.params import Params
+from barlow.training import model
 from barlow.training.backbone import backbone as backbone_of
 from barlow.training.optim import warmup_cosine
 
