@@ -109,7 +109,7 @@ def test_a_wrong_name_is_told_with_the_nearest(smoke, change, name, nearest):
 @pytest.mark.parametrize(
     ("name", "size", "other"),
     [
-        ("test_vit", 40, 48),  # 16-px patches
+        ("vit_tiny_patch16_224", 40, 48),  # timm itself would leave out 8 px
         ("vit_small_patch14_dinov2", 32, 42),
         ("test_convnext", 24, 32),  # nothing is left for the last convolution
         ("halonet_h1", 24, 256),  # no size near
@@ -199,7 +199,7 @@ def test_the_features_are_timms_and_were_measured(piped, wanted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "least"), [("int8", 0.9), ("fp16", 0.9999)])
+@pytest.mark.parametrize(("name", "least"), [("int8", 0.95), ("fp16", 0.9999)])
 def test_reduced_files_are_close(piped, wanted, name, least):
     assert cosines(Encoder(files.REDUCED / f"{name}.onnx").embed(pictures()), wanted).min() > least
 

@@ -27,7 +27,7 @@ LINEAR = ("Conv", "MatMul", "Gemm")  # operators with weights
 def int8(source: Path, target: Path, calibration_images: int) -> None:
     """Quantise convolutions and products of matrices: uint8 activations, int8 weights per channel, in QDQ form.
 
-    The head that gives the logits stays as it is. Ranges are the smallest and largest activations on
+    The head, which gives the logits, stays as it is. Ranges are the smallest and largest activations on
     `calibration_images` images, held-out ones first (Jacob et al., arXiv 1712.05877).
     """
     samples = webdataset.read(tar for split in ("val", "train", "pretrain") for tar in webdataset.tars(split))
@@ -39,9 +39,11 @@ def int8(source: Path, target: Path, calibration_images: int) -> None:
         try:
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
             nodes = onnx.load(prepared).graph.node
-            # Sums between convolutions are cheaper in int8. A transformer's need more than 256 levels: few channels
-            # have activations far larger than the others'.
-            sums = [] if any(node.op_type == "MatMul" for node in nodes) else ["Add"]
+            head = [node.name for node in nodes if "logits" in node.output]
+            matrices = any(node.op_type in ("MatMul", "Gemm") and node.name not in head for node in nodes)
+            # Sums between convolutions are cheaper in int8. A transformer's need more than 256 levels, since a few of
+            # its channels have far larger values than the others.
+            sums = [] if matrices else ["Add"]
             quantization.quantize_static(
                 str(prepared),
                 str(target),
@@ -50,8 +52,10 @@ def int8(source: Path, target: Path, calibration_images: int) -> None:
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
                 op_types_to_quantize=[*LINEAR, "Relu", "MaxPool", *sums],
-                nodes_to_exclude=[node.name for node in nodes if "logits" in node.output],
+                nodes_to_exclude=head,
                 per_channel=True,
+                # 7-bit weights: the sums of 8-bit ones overflow on processors without VNNI, and err ten times as much.
+                reduce_range=matrices,
             )
         finally:
             logging.disable(logging.NOTSET)
