@@ -41,7 +41,7 @@ def verdict(evaluation: Evaluation) -> Verdict | None:
     ]
     if not compared:
         return None
-    not_better = [text for text, gain in compared if gain.low <= 0]
+    not_better = [text for text, gain in compared if word(gain) != "better than"]
     sentences = [f"{text[0].upper()}{text[1:]}: {gain}" for text, gain in compared]
     if not_better:
         start = "Pretraining did not pay" if len(not_better) == len(compared) else "Pretraining did not pay everywhere"
