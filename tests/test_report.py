@@ -89,7 +89,7 @@ def accuracies(project):
         if isinstance(value, dict):
             for key, part in value.items():
                 walk(part, f"{name}.{key}" if name else key)
-        elif name.endswith((".top1", ".low", ".high")) and not name.startswith("gains."):
+        elif name.endswith((".top1", ".low", ".high")) and not name.startswith("gains.") and ".knn_val." not in name:
             found[name] = value
 
     for name in ("evaluate", "finetune"):

@@ -22,7 +22,7 @@ def measured(knn, rank):
     health = Health(300, rank, 0.5, 0.1, 0.2, -2.5)
     accuracy = None if knn is None else Accuracy(knn, 0.0, 100.0)
     scores = Scores(None, None, accuracy, None, {}, health)
-    return Evaluation(4, Images(1000, 1000, 1000), {"pretrained": scores})
+    return Evaluation(4, Images(1000, 1000, 1000), {"pretrained": scores}, {})
 
 
 @pytest.fixture

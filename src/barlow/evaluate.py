@@ -106,7 +106,7 @@ def gains(predictions: Mapping[str, Mapping[str, Tensor]], labels: Tensor) -> di
     right = {name: {kind: each == labels for kind, each in kinds.items()} for name, kinds in predictions.items()}
     pretrained = right.pop("pretrained")
     return {
-        name: {kind: intervals.gain(pretrained[kind], each) for kind, each in kinds.items()}
+        name: {kind: intervals.gain(pretrained[kind], each) for kind, each in kinds.items() if kind in pretrained}
         for name, kinds in right.items()
         if kinds
     }

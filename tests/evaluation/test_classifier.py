@@ -101,7 +101,7 @@ def test_figures_are_those_of_the_file_and_of_the_stage_evaluate(written, smoke)
     result = evaluate.score(splits, 4, smoke.evaluate, "pretrained")
     assert dataclasses.astuple(measured.linear.test) == pytest.approx(dataclasses.astuple(result.scores.linear))
     assert measured.difference == intervals.gain(
-        torch.from_numpy(right["test"]), result.predictions == splits["test"].labels
+        torch.from_numpy(right["test"]), result.predictions["linear"] == splits["test"].labels
     )
     assert measured.difference.points == pytest.approx(measured.classifier.test.top1 - measured.linear.test.top1)
     assert measured.parity.cosine_min > 0.999999

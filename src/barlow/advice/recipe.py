@@ -24,13 +24,17 @@ SYNTHETIC: dict[str, Any] = {
     "pretrain.epochs": 6,
     "pretrain.batch_size": 64,
     "pretrain.lambd": 0.002,
+    "pretrain.optimizer": "lars",
+    "pretrain.weight_decay": 1e-6,
     "pretrain.lr_weights": 0.6,
     "pretrain.lr_biases": 0.0144,
     "pretrain.warmup_epochs": 1,
 }
 RATES = ("pretrain.lr_weights", "pretrain.lr_biases")
 
-LR_WEIGHTS, LR_BIASES = 0.06, 0.00144  # per 256 images
+LARS_RATES = 0.06, 0.00144  # of weights and biases, per 256 images
+ADAMW_RATE, ADAMW_BATCH = 0.001, 64  # used at that batch size; at others in proportion to its square root
+WEIGHT_DECAY = {"adamw": 1e-4}  # others: 1e-6
 CROP_AREA = [0.3, 1.0]
 LAMBD = 0.002
 SATURATION, HUE, GRAYSCALE = 0.2, 0.1, 0.2  # of colour images
@@ -183,8 +187,17 @@ def settings(task: Task, network: Network, seconds: float) -> Advice:
     warmup = round(min(WARMUP * epochs, MAX_WARMUP), 2)
     decide("pretrain.warmup_epochs", warmup, f"{100 * WARMUP:g} % of the epochs, at most {MAX_WARMUP}")
     decide("pretrain.lambd", LAMBD, "as on the drawn set, where twice or half of it hardly matters")
-    decide("pretrain.lr_weights", LR_WEIGHTS, "a tenth of what the drawn set needs: 2 to 12 points on photographs")
-    decide("pretrain.lr_biases", LR_BIASES, "in proportion to lr_weights")
+    own = any(key in task.fixed for key in RATES)  # a rate that was chosen for LARS is far too high for AdamW
+    why = "as your learning rates are" if own else "in short runs on photographs its encoders are better than LARS's"
+    optimizer = decide("pretrain.optimizer", "lars" if own else "adamw", why)
+    decide("pretrain.weight_decay", WEIGHT_DECAY.get(optimizer, 1e-6), f"for {optimizer}")
+    rates, why = LARS_RATES, "a tenth of what the drawn set needs: 2 to 12 points on photographs"
+    if optimizer == "adamw":
+        batch = task.batch
+        rates = (round(ADAMW_RATE * (batch / ADAMW_BATCH) ** 0.5 * 256 / batch, 6),) * 2
+        why = f"per 256 images: {ADAMW_RATE:g} at batches of {ADAMW_BATCH}, with the square root of larger ones"
+    decide("pretrain.lr_weights", rates[0], why)
+    decide("pretrain.lr_biases", rates[1], f"for {optimizer}, with these lr_weights")
     return advice
 
 

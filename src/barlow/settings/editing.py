@@ -28,6 +28,10 @@ def edit(overlay: Mapping[str, Any], blame: str, notes: Mapping[str, str] | None
     yaml.preserve_quotes, yaml.width = True, 120
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
+    # PyYAML, which reads the file, takes 1e-06 for a text, and 1.0e-06 for a number
+    yaml.representer.add_representer(
+        float, lambda to, v: to.represent_scalar("tag:yaml.org,2002:float", re.sub(r"^(-?\d+)e", r"\1.0e", repr(v)))
+    )
     document = yaml.load(loading.PARAMS)
     before = _notes(loading.PARAMS.read_text(encoding="utf-8").splitlines(), document)
     changes = dict(merge(document, overlay))
