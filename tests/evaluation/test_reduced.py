@@ -15,13 +15,13 @@ from barlow.evaluation.figures import Top1
 
 
 @pytest.fixture
-def project(small_shards, tmp_path, monkeypatch, encoders):
+def project(small_shards, tmp_path, monkeypatch, write_encoder):
     """A project without labels and without a head, with an encoder of 12 numbers per image."""
     monkeypatch.chdir(tmp_path)
     for split in ("pretrain", "val", "test"):
         samples = [s._replace(label=-1) for s in webdataset.read(webdataset.tars(split, small_shards))]
         webdataset.write(files.SHARDS / f"{split}-000000.tar", samples)
-    encoders("edges", [])
+    write_encoder("edges", [])
 
 
 def noisy(amount):
