@@ -27,8 +27,8 @@ LINEAR = ("Conv", "MatMul", "Gemm")  # operators with weights
 def int8(source: Path, target: Path, calibration_images: int) -> None:
     """Quantise convolutions and products of matrices: uint8 activations, int8 weights per channel, in QDQ form.
 
-    The head, which gives the logits, stays as it is. Ranges are the smallest and largest activations on
-    `calibration_images` images, held-out ones first (Jacob et al., arXiv 1712.05877).
+    The whitening and the head, which gives the logits, stay as they are. Ranges are the smallest and largest
+    activations on `calibration_images` images, held-out ones first (Jacob et al., arXiv 1712.05877).
     """
     samples = webdataset.read(tar for split in ("val", "train", "pretrain") for tar in webdataset.tars(split))
     pictures = (images.decode(sample.data) for sample in itertools.islice(samples, calibration_images))
@@ -39,8 +39,8 @@ def int8(source: Path, target: Path, calibration_images: int) -> None:
         try:
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
             nodes = onnx.load(prepared).graph.node
-            head = [node.name for node in nodes if "logits" in node.output]
-            matrices = any(node.op_type in ("MatMul", "Gemm") and node.name not in head for node in nodes)
+            after = [n.name for n in nodes if "logits" in n.output or any("whitening" in name for name in n.input)]
+            matrices = any(node.op_type in ("MatMul", "Gemm") and node.name not in after for node in nodes)
             # Sums between convolutions are cheaper in int8. A transformer's need more than 256 levels, since a few of
             # its channels have far larger values than the others.
             sums = [] if matrices else ["Add"]
@@ -52,7 +52,7 @@ def int8(source: Path, target: Path, calibration_images: int) -> None:
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
                 op_types_to_quantize=[*LINEAR, "Relu", "MaxPool", *sums],
-                nodes_to_exclude=head,
+                nodes_to_exclude=after,
                 per_channel=True,
                 # 7-bit weights: the sums of 8-bit ones overflow on processors without VNNI, and err ten times as much.
                 reduce_range=matrices,
