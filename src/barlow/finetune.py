@@ -23,8 +23,7 @@ from torch.nn import functional
 from barlow.core import files, webdataset
 from barlow.core.errors import UserError
 from barlow.core.progress import shown
-from barlow.evaluation import classifier, features, intervals, probe
-from barlow.evaluation.classifier import Tuned
+from barlow.evaluation import features, intervals, probe
 from barlow.evaluation.figures import Budget, FineTuned, FineTuning, Network, Supervised, write
 from barlow.settings.params import Params
 from barlow.training import distributed, model
@@ -62,6 +61,8 @@ def run(params: Params, all_labels: bool = False) -> None:
 
 def train_classifier(params: Params) -> None:
     """Train the whole network on all labels of train from the pretrained weights, and write it as a classifier."""
+    from barlow.evaluation import classifier  # here, so that a bare machine can fine-tune without onnxruntime
+
     start, trained = model.load_encoder()
     for section in ("model", "views"):
         if json.loads(json.dumps(asdict(getattr(params, section)))) != trained[section]:
@@ -74,7 +75,7 @@ def train_classifier(params: Params) -> None:
     lr, (encoder, head) = study.best(start.backbone.state_dict(), study.labelled, p.lr, steps)
     if not all(weight.isfinite().all() for weight in encoder.state_dict().values()):
         raise UserError(f"finetune.lr={list(p.lr)}: the network diverged to NaN; add a lower learning rate")
-    classifier.write(Tuned(encoder, head.state_dict(), lr, steps), start, trained, params)
+    classifier.write(classifier.Tuned(encoder, head.state_dict(), lr, steps), start, trained, params)
 
 
 class Trained(NamedTuple):
