@@ -26,16 +26,8 @@ STAGES = {
 }
 
 
-READS_PARAMS = {
-    *STAGES,
-    "scan",
-    "recommend",
-    "tune",
-    "promote",
-    "rollback",
-    "drift",
-    "claims",
-}  # their `run` begins with `params`
+# commands whose `run` begins with `params`
+READS_PARAMS = {*STAGES, "scan", "recommend", "tune", "promote", "rollback", "drift", "claims"}
 
 
 def parser() -> argparse.ArgumentParser:

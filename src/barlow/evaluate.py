@@ -21,7 +21,7 @@ from barlow.core.progress import shown
 from barlow.core.weights import save_weights
 from barlow.evaluation import features, intervals, probe, tables, verdict
 from barlow.evaluation.features import Split
-from barlow.evaluation.figures import Accuracy, Budget, Evaluation, FewLabels, Gain, Health, Images, Scores, write
+from barlow.evaluation.figures import Budget, Evaluation, FewLabels, Gain, Health, Images, Scores, write
 from barlow.settings.params import Evaluate, Params
 from barlow.training import health
 
@@ -84,12 +84,12 @@ def score(splits: dict[str, Split], classes: int, p: Evaluate, encoder: str) -> 
     knn_val = None
     if all((labels >= 0).any() for _, labels in (train, val)):
         scores = probe.knn(val[0], *train, classes, p.knn_k, p.knn_temperature)
-        knn_val = accuracy(scores.argmax(1), val[1])
+        knn_val = intervals.accuracy(scores.argmax(1) == val[1])
     if knn_val is None or not (test[1] >= 0).any():
         return Result(Scores(None, None, knn_val, None, {}, None), {}, {}, [])
     predicted = probe.predict(train, val, test[0], classes, p.probe_l2, p.knn_k, p.knn_temperature)
     predictions = {"linear": predicted.linear, "knn": predicted.knn}
-    linear, knn = (accuracy(each, test[1]) for each in predictions.values())
+    linear, knn = (intervals.accuracy(each == test[1]) for each in predictions.values())
     few_labels, draws = {}, list[Draw]()
     for budget in budgets(p) if p.draws else ():
         draws_of = shown(range(p.draws), f"{encoder}, {budget}", p.draws, "draw")
@@ -110,11 +110,6 @@ def gains(predictions: Mapping[str, Mapping[str, Tensor]], labels: Tensor) -> di
         for name, kinds in right.items()
         if kinds
     }
-
-
-def accuracy(predictions: Tensor, labels: Tensor) -> Accuracy:
-    """Return the top-1 accuracy of predicted classes (n,), with its interval over the images."""
-    return intervals.mean_accuracy([probe.accuracy(predictions, labels)], len(labels))
 
 
 def few_label_probe(

@@ -199,7 +199,6 @@ def _is_of(encoder: Encoder, path: Path) -> bool:
 
 def describe(card: dict[str, Any], decision: dict[str, Any]) -> str:
     """Return the model card for people, in Markdown."""
-
     data = figures.build(Validation, card["metrics"]["validate"], str(files.VALIDATION))
     kind = card["kind"]
     measured = card["metrics"][METRICS[kind][-1]]

@@ -17,7 +17,6 @@ from typing import Any
 
 from barlow.advice import recipe
 from barlow.core import files
-from barlow.core.errors import UserError
 from barlow.settings import editing, loading, strict
 from barlow.settings.params import Params
 
@@ -43,8 +42,7 @@ def run(params: Params, minutes: float | None = None, auto: bool = False) -> Non
     Raises:
         UserError: the minutes are not above 0, the source cannot be read, or it has nothing to train on.
     """
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"--minutes {minutes:g} is not allowed; it must be above 0")
+    recipe.require_minutes(minutes)
     last = read()
     fixed = touched(params, last)
     if auto and not is_due(params, last, fixed):

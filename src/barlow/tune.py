@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from barlow.advice import speed
+from barlow.advice import recipe, speed
 from barlow.core import files, webdataset
 from barlow.core.errors import UserError
 from barlow.evaluation import features, figures
@@ -32,8 +32,7 @@ def run(params: Params, minutes: float | None = None, apply: bool = False) -> No
         UserError: the minutes are not above 0, the folder is not in git, DVC cannot run, or no run came to an end.
         Interrupted: SIGINT or SIGTERM came; run again to go on.
     """
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"--minutes {minutes:g} is not allowed; it must be above 0")
+    recipe.require_minutes(minutes)
     runs.require_git()
     runs.dvc("repro", "shard")
     labelled = all(next(features.labelled(split), None) for split in ("train", "val"))

@@ -66,3 +66,9 @@ def test_the_interval_of_one_is_wilsons_and_of_several_holds_students():
     low, high = intervals.mean_interval([60.0, 70.0, 80.0], 10**9)  # no error of the test images
     assert (low, high) == pytest.approx((70 - 24.84, 70 + 24.84), abs=0.01)  # 4.3027 * 10 / sqrt(3)
     assert intervals.mean_interval([0.0, 100.0], 50) == (0.0, 100.0)
+
+
+def test_an_accuracy_has_wilsons_interval():
+    found = intervals.accuracy(torch.tensor([True, True, True, False]))
+    assert found.top1 == 75.0
+    assert (found.low, found.high) == pytest.approx(intervals.wilson_interval(75.0, 4))

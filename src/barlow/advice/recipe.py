@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from math import floor
 from typing import Any, NamedTuple
 
+from barlow.core.errors import UserError
+
 # params.yaml as it is shipped, for the settings that the recipe decides: they suit the drawn data set and no other.
 SYNTHETIC: dict[str, Any] = {
     "shard.max_side": None,
@@ -96,6 +98,12 @@ class Task:
     def epochs(self, seconds: float) -> int:
         """Return the epochs that fit into the minutes at `seconds` per image: at least 1, at most MAX_EPOCHS."""
         return min(max(floor(60 * self.minutes / (self.epoch_steps * self.batch * seconds)), 1), MAX_EPOCHS)
+
+
+def require_minutes(minutes: float | None) -> None:
+    """Raise UserError where minutes are given and are not above 0."""
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"--minutes {minutes:g} is not allowed; it must be above 0")
 
 
 class Network(NamedTuple):

@@ -125,12 +125,7 @@ def read() -> Classifying:
 
 
 def _accuracies(predicted: dict[str, Tensor], labels: dict[str, Tensor]) -> Accuracies:
-    return Accuracies(
-        **{
-            name: intervals.mean_accuracy([probe.accuracy(predicted[name], each)], len(each))
-            for name, each in labels.items()
-        }
-    )
+    return Accuracies(**{name: intervals.accuracy(predicted[name] == each) for name, each in labels.items()})
 
 
 def words(measured: Classifying) -> str:

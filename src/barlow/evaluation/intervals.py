@@ -38,6 +38,11 @@ def mean_accuracy(percents: Sequence[float], n: int) -> Accuracy:
     return Accuracy(math.fsum(percents) / len(percents), low, high)
 
 
+def accuracy(right: Tensor) -> Accuracy:
+    """Return an accuracy with its interval; `right` says of each image whether its class was predicted, bool (n,)."""
+    return mean_accuracy([100 * float(right.double().mean())], len(right))
+
+
 def paired_interval(better: int, worse: int, n: int) -> tuple[float, float]:
     """Return the 95 % confidence interval of the difference of two accuracies over the same `n` images, in points.
 

@@ -67,7 +67,7 @@ def notes(evaluation: Evaluation, pretraining: dict[str, float]) -> list[str]:
         found.append(f"{few}.")
     if 0 < evaluation.images.val < FEW_VAL and evaluation.encoders["pretrained"].linear:
         images = "1 labelled image" if evaluation.images.val == 1 else f"{evaluation.images.val} labelled images"
-        text = "With fewer than 50, the choice is mostly chance. Label more images of val."
+        text = f"With fewer than {FEW_VAL}, the choice is mostly chance. Label more images of val."
         found.append(f"The linear probe's l2 was chosen on {images} of val. {text}")
     return found
 

@@ -61,10 +61,7 @@ class Measured:
 
 
 def _accuracy(right: Tensor | None) -> Accuracy | None:
-    if right is None:
-        return None
-    top1 = 100 * float(right.double().mean())
-    return Accuracy(top1, *intervals.wilson_interval(top1, len(right)))
+    return None if right is None else intervals.accuracy(right)
 
 
 def measure(encoder: Encoder, params: Params) -> Measured:
