@@ -29,7 +29,7 @@ def step(size: int) -> tuple[float, float]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    network = model.BarlowTwins(params.Model("resnet18", "stride", (2048, 2048, 2048), False, False), 32)
+    network = model.BarlowTwins(params.Model("resnet18", "stride", (2048, 2048, 2048), False, False, None), 32)
     network = network.to(memory_format=torch.channels_last)
     settings = {**strict.read_yaml("params.yaml")["pretrain"], "optimizer": "adamw"}
     groups = [[w for w in network.parameters() if (w.ndim > 1) is wide] for wide in (True, False)]

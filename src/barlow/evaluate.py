@@ -1,4 +1,4 @@
-"""`barlow evaluate`: measure the frozen features, against a random network's and against pixels.
+"""`barlow evaluate`: measure the frozen features, against a random network's, pixels and other weights'.
 
 Reads data/features. Writes reports/evaluate.json, reports/few_labels.csv, reports/confusion.csv and
 models/head.safetensors (the linear probe, which `export` puts into the ONNX file). docs/evaluation.md has the protocol
@@ -26,7 +26,6 @@ from barlow.settings.params import Evaluate, Params
 from barlow.training import health
 
 SPLITS = ("train", "val", "test")
-BASELINES = ("random", "pixels")
 Labelled = tuple[Tensor, Tensor]  # features (n, dim), labels (n,)
 
 
@@ -57,7 +56,7 @@ def run(params: Params) -> None:
     files.require(files.FEATURES, "extract")
     classes, results = webdataset.classes(), {}
     labels = {name: features.load("pretrained", name).labels for name in SPLITS}
-    for encoder in ("pretrained", *(BASELINES if params.extract.baselines else ())):
+    for encoder in features.kept():
         splits = {name: features.load(encoder, name) for name in SPLITS}
         results[encoder] = score(splits, len(classes), params.evaluate, encoder)
     evaluation = Evaluation(

@@ -1,7 +1,8 @@
-"""`barlow extract`: embed the images once, by the pretrained encoder and two baselines, for all that is measured later.
+"""`barlow extract`: embed the images once, by the pretrained encoder and others, for all that is measured later.
 
-Reads models/encoder.safetensors and data/shards. Writes data/features/{pretrained,random,pixels}.safetensors, which
-`features.load` reads. The baselines are an untrained network of the same shape, and the pixels themselves.
+Reads models/encoder.safetensors and data/shards. Writes data/features/NAME.safetensors, which `features.load` reads:
+`pretrained`; the baselines `random` (an untrained network of the same shape) and `pixels`; `start`, the weights that
+pretraining started from, if they were given; and one for each of `extract.weights`.
 
 Features are the backbone's output for the whole image, resized, with no augmentation. train, val and test hold the
 labelled images; if test has no labels, its first images stand in. `health` holds images of val, or of pretrain where
@@ -12,30 +13,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from barlow.core import files, images, webdataset
+from barlow.core.errors import UserError
 from barlow.core.progress import shown
 from barlow.evaluation import features
 from barlow.evaluation.features import CHUNK, Split
 from barlow.settings.params import Params
 from barlow.training import distributed, model
 from barlow.training.views import TwinViews
+from barlow.transfer import matching, places
 
 SPLITS = ("train", "val", "test")
+RESERVED = ("pretrained", "random", "pixels", "start")  # names of encoders
 MIN_HEALTH_IMAGES = 100  # in val; with fewer, the health figures come from pretrain
 HEALTH_IMAGES = 2000  # for the health figures, whose pairwise distances cost the square of this
 PIXELS = 32  # px, the largest side of the images of the baseline `pixels`
 
 
 def run(params: Params) -> None:
-    """Write the features of the pretrained encoder and, with `extract.baselines`, of both baselines.
+    """Write the features of the pretrained encoder, of both baselines with `extract.baselines`, and of given weights.
 
     Raises:
-        UserError: there is no encoder, or no shards.
+        UserError: there is no encoder, there are no shards, or given weights do not fit.
     """
     device = distributed.local_device()
     encoder = model.load_encoder()[0].to(device)
@@ -46,12 +51,33 @@ def run(params: Params) -> None:
         features.whiten(networks["random"], device)
         side = min(params.views.size, PIXELS)
         features.save("pixels", {split: pixels(split, side) for split in SPLITS})
+    for name, (weights, key) in given(params).items():
+        networks[name] = model.FrozenEncoder(params.model, params.views)
+        print(matching.load(weights, key, params.promote.registry, params.model, networks[name].backbone).text)
+        features.whiten(networks[name].to(device), device)
+    features.keep_only({*networks, *(("pixels",) if params.extract.baselines else ())})
     for name, network in networks.items():
         splits = {
             split: features.embed(network, shown(images_of(split), f"{name}, {split}"), device) for split in SPLITS
         }
         features.save(name, splits | health(network, params, device))
     print(f"{files.FEATURES}: " + ", ".join(f"{len(split.keys)} images of {name}" for name, split in splits.items()))
+
+
+def given(params: Params) -> dict[str, tuple[str, str]]:
+    """Return the weights to compare with, and the setting that gives them, by the name of their row in the tables.
+
+    Raises:
+        UserError: two of them, or one and another encoder, would have the same name.
+    """
+    rows = {"start": (params.model.weights, "model.weights")} if params.model.weights else {}
+    for i, weights in enumerate(params.extract.weights):
+        name = weights if places.is_public(weights) or weights.startswith(places.REGISTRY) else Path(weights).stem
+        key = f"extract.weights[{i}]"
+        if name in (*RESERVED, *rows) or "/" in name:
+            raise UserError(f"{key}={weights} would be called {name!r} in the tables, like another; rename the file")
+        rows[name] = weights, key
+    return rows
 
 
 def images_of(split: str) -> Iterator[webdataset.Sample]:

@@ -1,7 +1,8 @@
 """`barlow pretrain`: learn an encoder without labels, in one process per GPU; on several machines, under torchrun.
 
-Reads data/shards/pretrain-*.tar. Writes models/encoder.safetensors (the backbone), models/correlation.safetensors (a
-corner of C at the first, the middle and the last step), reports/pretrain.json and the curves in reports/pretrain/.
+Reads data/shards/pretrain-*.tar. Starts from `model.weights`, if given. Writes models/encoder.safetensors (backbone,
+whitening and, for a run that goes on from it, projector), models/correlation.safetensors (a corner of C at the first,
+the middle and the last step), reports/pretrain.json and the curves in reports/pretrain/.
 While a run trains, a folder in models/resume holds its checkpoints. Started again, it resumes from the last one.
 """
 
@@ -64,7 +65,8 @@ def train(params: Params, device: torch.device, written: type[Curves] = Curves) 
             print(f"warning: {text}", file=sys.stderr)
         if few := health.few_steps(run.total_steps, p.epochs):
             print(f"warning: {few}", file=sys.stderr)
-        print(headline(run, bf16), resumed, sep="\n", flush=True)
+        started = [run.started.text] if run.started else []
+        print(headline(run, bf16), *started, resumed, sep="\n", flush=True)
     run.views.build()
     curves = written(run.history)
     saved = time.monotonic()
@@ -105,7 +107,9 @@ def finish(run: Training, params: Params) -> None:
     metadata = run.identity | {"version": __version__, "steps": run.step}
     encoder = frozen(run, params)
     features.whiten(encoder, run.device)
-    save_weights(files.ENCODER, encoder.state_dict(), metadata)
+    # The projector lies beside the encoder for a run that goes on from it; nothing else reads it.
+    projector = {f"{model.PROJECTOR}{name}": value for name, value in run.network.projector.state_dict().items()}
+    save_weights(files.ENCODER, encoder.state_dict() | projector, metadata)
     save_weights(files.CORRELATION, run.correlation, {})
     whole = {"epochs": len(run.history), "steps": run.step, "seconds": sum(row["seconds"] for row in run.history)}
     where = {"hardware": provenance.hardware(), "processes": distributed.world_size()}

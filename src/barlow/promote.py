@@ -168,6 +168,7 @@ def _add(params: Params, registry: Registry, decision: dict[str, Any], kind: str
     encoder = Encoder(files.KINDS[kind])
     reduced = {path.name: path for path in sorted(files.REDUCED.glob("*.onnx"))}
     reduced = {name: path for name, path in reduced.items() if _is_of(encoder, path)}
+    weights = {files.ENCODER.name: files.ENCODER} if kind == "encoder" and _is_source(encoder) else {}
     card = {
         **encoder.metadata,
         "kind": kind,
@@ -177,6 +178,7 @@ def _add(params: Params, registry: Registry, decision: dict[str, Any], kind: str
         "replaces": decision["champion"],
         "sha256": decision["sha256"],
         "reduced": {name: files.sha256(path) for name, path in reduced.items()},
+        "weights": {name: files.sha256(path) for name, path in weights.items()},
         "settings": json.loads(json.dumps(asdict(params))),
     }
     reference = io.BytesIO()
@@ -184,6 +186,7 @@ def _add(params: Params, registry: Registry, decision: dict[str, Any], kind: str
     contents: dict[str, Path | bytes | str] = {
         f"{kind}.onnx": files.KINDS[kind],
         **reduced,
+        **weights,
         "reference.npy": reference.getvalue(),
         "decision.json": json.dumps(decision, indent=2, sort_keys=True, allow_nan=False) + "\n",
         "README.md": describe(card, decision),
@@ -195,6 +198,17 @@ def _is_of(encoder: Encoder, path: Path) -> bool:
     """Say whether a file of lower precision was made from this encoder."""
     space = Encoder(path).metadata["space"]
     return space == f"{encoder.metadata['space']}-{path.stem}"
+
+
+def _is_source(encoder: Encoder) -> bool:
+    """Say whether models/encoder.safetensors is what the ONNX file was exported from, and not of a later training."""
+    from barlow.evaluation import onnx_file
+    from barlow.training import model
+
+    try:
+        return onnx_file.embedding_space(model.load_encoder()[0]) == encoder.metadata["space"]
+    except UserError:  # it is gone, or of other settings
+        return False
 
 
 def describe(card: dict[str, Any], decision: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
-"""`barlow scan`: write a cheap fingerprint of the source, by which DVC sees that images were added or changed.
+"""`barlow scan`: write a cheap fingerprint of what lies outside the project, by which DVC sees that it has changed.
 
-Reads `ingest` of params.yaml and the source's list of files. Writes data/source.json.
+Reads params.yaml, the source's list of files, and given weights. Writes data/source.json (of `ingest.source`),
+data/start.json (of `model.weights`) and data/compared.json (of `extract.weights`).
 """
 
 from __future__ import annotations
@@ -14,21 +15,31 @@ import pyarrow.compute as pc
 from barlow.core import files
 from barlow.data import cache, manifest, sources
 from barlow.settings.params import Params
+from barlow.transfer import places
 
 SOURCE = Path("data/source.json")
+START = Path("data/start.json")
+COMPARED = Path("data/compared.json")
 # Not the inode and ctime: they differ in every copy of the folder, and a copy must make nothing run again.
 HASHED = ("path", "split", "label", "bytes", "mtime_ns")
 
 
 def run(params: Params) -> None:
-    """Write data/source.json, if it changed: the source and a hash of the paths, sizes and times of its files.
+    """Write what has changed of the three files; of the source, a hash of the paths, sizes and times of its files.
 
     A file that another one of the same size and time has replaced since ingest is named, with its SHA-256. It stays
     named after the next ingest. Else the fingerprint would again be that of the old file, whose manifest DVC may have.
 
     Raises:
-        UserError: the source is missing, empty or malformed, or the machine cannot be used.
+        UserError: the source is missing, empty or malformed, given weights are missing, or the machine cannot be used.
     """
+    for path, key, given in (
+        (START, "model.weights", [params.model.weights] if params.model.weights else []),
+        (COMPARED, "extract.weights", [*params.extract.weights]),
+    ):
+        prints = [places.fingerprint(weights, key, params.promote.registry) for weights in given]
+        if not path.exists() or files.read_json(path) != prints:
+            files.write_json(path, prints)
     p = params.ingest
     sources.require_platform()
     sources.check(p.source)

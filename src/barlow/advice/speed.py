@@ -37,7 +37,8 @@ def seconds_per_image(params: Params, tars: list[Path]) -> float:
     gpus = (p.processes or distributed.default_processes(p.device)) if device.type == "cuda" else 1
     local = max(p.batch_size // gpus, 2)
     enough = tars * ceil(local / webdataset.count(tars))
-    run = Training(replace(params, pretrain=replace(p, batch_size=local)), device, enough)
+    random = replace(params.model, weights=None)  # as fast, and given weights may be of another network than this one
+    run = Training(replace(params, model=random, pretrain=replace(p, batch_size=local)), device, enough)
     bf16 = model.computes_bf16(p.precision, device)
     taken = list[tuple[float, float]]()  # seconds of each step, by the clock and of this process
     for views in _timed(run, taken):

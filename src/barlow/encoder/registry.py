@@ -4,7 +4,8 @@ Classifiers have a registry of their own, the folder `classifier` in that of the
 versions, and none replaces one of the other kind.
 
 versions/v1/      encoder.onnx or classifier.onnx, card.json, README.md (the card for people), decision.json,
-                  reference.npy and, if `barlow export` made them from this encoder, int8.onnx and fp16.onnx
+                  reference.npy and, if they are of this encoder, encoder.safetensors (to train on from: backbone,
+                  whitening, projector), int8.onnx and fp16.onnx
 production        a link to a version, replaced atomically; serve production/encoder.onnx
 withdrawn.json    versions that were rolled back; `barlow promote` does not promote these again
 log/              one JSON file per decision and per rollback
@@ -60,14 +61,18 @@ class Version(NamedTuple):
     def card(self) -> dict[str, Any]:
         """Return the card: `sha256` of the ONNX file, `space`, `classes`, `replaces`, `metrics` and more.
 
-        `reduced` maps the names of files of lower precision to their SHA-256.
+        `reduced` and `weights` map the names of files of lower precision and of weights to their SHA-256.
         """
         return files.read_json(self.path / "card.json")  # type: ignore[no-any-return]
 
     def damage(self) -> str | None:
         """Return the first thing that is wrong with its files, or None."""
         try:
-            wanted = {self.onnx.name: self.card["sha256"], **self.card.get("reduced", {})}
+            wanted = {
+                self.onnx.name: self.card["sha256"],
+                **self.card.get("reduced", {}),
+                **self.card.get("weights", {}),
+            }
             for name, sha256 in wanted.items():
                 if files.sha256(self.path / name) != sha256:
                     return f"{self.path / name} has another SHA-256 than its card says"

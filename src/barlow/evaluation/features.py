@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from math import ceil
@@ -93,6 +93,19 @@ def save(encoder: str, splits: Mapping[str, Split]) -> None:
         parts = zip(Split._fields, (split.features, split.labels, torch.from_numpy(letters)), strict=True)
         tensors |= {f"{name}.{field}": tensor for field, tensor in parts}
     save_weights(files.FEATURES / f"{encoder}.safetensors", tensors, {})
+
+
+def keep_only(encoders: Iterable[str]) -> None:
+    """Delete what an earlier run kept of other encoders."""
+    for name in {*kept()} - {*encoders}:
+        (files.FEATURES / f"{name}.safetensors").unlink()
+
+
+def kept() -> list[str]:
+    """Return the names of the encoders that there are features of: the pretrained one first, then the baselines."""
+    names = {path.name.removesuffix(".safetensors") for path in files.FEATURES.glob("[!.]*.safetensors")}
+    known = [name for name in ("pretrained", "random", "pixels", "start") if name in names]
+    return known + sorted(names - {*known})
 
 
 def load(encoder: str, name: str) -> Split:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from operator import attrgetter
 from pathlib import Path
 
+from barlow.core import files
 from barlow.core.errors import UserError
 from barlow.settings.params import TIMM, Params, Pretrain
 from barlow.settings.strict import build, read_yaml
@@ -34,6 +35,10 @@ def load(path: Path | str = PARAMS) -> Params:
         if m.zero_init_residual:
             text = f"model.zero_init_residual=true is for resnet10 to resnet50, not for model.arch={m.arch}"
             raise UserError(f"{path}: {text}; set it to false")
+    if m.weights is not None and Path(m.weights).expanduser().absolute() == files.ENCODER.absolute():
+        text = f"model.weights={m.weights} is what pretrain writes, and DVC deletes it before pretrain runs"
+        remedy = f"copy it, cp {files.ENCODER} data/start.safetensors, and set model.weights to the copy"
+        raise UserError(f"{path}: {text}; {remedy} (`dvc checkout {files.ENCODER}` brings it back)")
     if (p := params.pretrain).warmup_epochs >= p.epochs:
         text = f"pretrain.warmup_epochs={p.warmup_epochs:g} is not below pretrain.epochs={p.epochs}"
         raise UserError(f"{path}: {text}, so the learning rate would never reach its peak; lower it")

@@ -97,6 +97,7 @@ class Model:
     projector: tuple[Positive, ...]
     zero_init_residual: bool
     whiten: bool
+    weights: str | None
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ class Extract:
 
     seed: Count
     baselines: bool
+    weights: Annotated[tuple[str, ...], "may be empty"]
 
 
 @dataclass(frozen=True)

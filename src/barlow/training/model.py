@@ -22,6 +22,7 @@ from barlow.training import distributed
 from barlow.training.backbone import backbone
 
 Network = TypeVar("Network", bound=nn.Module)
+PROJECTOR = "projector."  # how the names of the projector's tensors begin in the encoder's file
 SHRINKAGE = 0.1  # of the mean variance, added to each: directions that hardly vary are noise and are not blown up
 
 
@@ -225,5 +226,5 @@ def load_encoder(path: Path = files.ENCODER) -> tuple[FrozenEncoder, dict[str, A
     model = strict.build(params.Model, metadata["model"], str(path), "model")
     views = strict.build(params.Views, metadata["views"], str(path), "views")
     encoder = FrozenEncoder(model, views)
-    encoder.load_state_dict(tensors)
+    encoder.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(PROJECTOR)})
     return encoder, metadata

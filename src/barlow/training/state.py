@@ -26,6 +26,7 @@ from barlow.training import checkpoint, distributed, health, model
 from barlow.training.loss import BarlowTwinsLoss, cross_correlation
 from barlow.training.optim import build, warmup_cosine
 from barlow.training.views import TwinViews
+from barlow.transfer import matching
 
 CORNER = 128  # rows and columns of C kept for the report
 NAMED_KEYS = 8  # images named in the message about a loss that is not finite
@@ -35,7 +36,8 @@ class Training:
     """One process's part of a run, over the pretrain shards or over other `tars`.
 
     Raises:
-        UserError: no shards, fewer images than a batch, or a batch that the processes cannot share.
+        UserError: no shards, fewer images than a batch, a batch that the processes cannot share, or weights to start
+            from that do not fit.
     """
 
     def __init__(self, params: Params, device: torch.device, tars: list[Path] | None = None) -> None:
@@ -49,7 +51,14 @@ class Training:
         self.epoch_steps = len(self.views)
         self.total_steps = p.epochs * self.epoch_steps
         torch.manual_seed(p.seed)
-        network = model.BarlowTwins(params.model, params.views.size).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = model.BarlowTwins(params.model, params.views.size)
+        self.started: matching.Loaded | None = None  # from given weights
+        if (given := params.model.weights) is not None:
+            registry = params.promote.registry
+            self.started = matching.load(
+                given, "model.weights", registry, params.model, network.backbone, network.projector
+            )
+        network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = model.synchronised(network, device) if world > 1 else network
         loading.check_microbatch(p, world)
         self.twins: nn.Module = self.network  # what the loop calls
@@ -81,6 +90,7 @@ class Training:
             "views": asdict(params.views),
             "pretrain": asdict(free),
             "data": self.views.digest,
+            **({"weights": self.started.source} if self.started else {}),
         }
         self.folder = checkpoint.folder(self.identity | {"code": provenance.code_hash("pretrain")})
         self.writer = checkpoint.Writer(self.folder)

@@ -1,0 +1,1 @@
+"""Transfer: weights from other networks, and weights for them."""
