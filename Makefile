@@ -139,7 +139,7 @@ flows: .venv/installed ## server, worker and deployments on this machine, until 
 
 clean: ## remove the environment and what the stages wrote; no image folder of yours is touched
 	rm -rf .venv .venv-peers .cache .mypy_cache .ruff_cache .pytest_cache data/raw data/shards data/*.parquet \
-	  data/.*.parquet data/quarantine* data/features models/*.onnx models/*.safetensors models/resume models/reduced models/triton models/index \
+	  data/.*.parquet data/quarantine* data/features models/*.onnx models/*.safetensors models/resume models/reduced models/triton models/weights models/index \
 	  reports/pretrain reports/data_docs reports/*.html reports/*.csv
 
 .PHONY: help system setup lock repro test float32 soak check bench seeds peers gpu record claims serve flows clean wheelhouse

@@ -163,12 +163,13 @@ def _complete(documents: dict[str, dict[str, Any]], sha256: str) -> None:
 
 
 def _add(params: Params, registry: Registry, decision: dict[str, Any], kind: str) -> Version:
+    from barlow.evaluation import onnx_file
     from barlow.production import gate
 
     encoder = Encoder(files.KINDS[kind])
     reduced = {path.name: path for path in sorted(files.REDUCED.glob("*.onnx"))}
     reduced = {name: path for name, path in reduced.items() if _is_of(encoder, path)}
-    weights = {files.ENCODER.name: files.ENCODER} if kind == "encoder" and _is_source(encoder) else {}
+    weights = {files.ENCODER.name: files.ENCODER} if onnx_file.is_of_weights(encoder) else {}
     card = {
         **encoder.metadata,
         "kind": kind,
@@ -198,17 +199,6 @@ def _is_of(encoder: Encoder, path: Path) -> bool:
     """Say whether a file of lower precision was made from this encoder."""
     space = Encoder(path).metadata["space"]
     return space == f"{encoder.metadata['space']}-{path.stem}"
-
-
-def _is_source(encoder: Encoder) -> bool:
-    """Say whether models/encoder.safetensors is what the ONNX file was exported from, and not of a later training."""
-    from barlow.evaluation import onnx_file
-    from barlow.training import model
-
-    try:
-        return onnx_file.embedding_space(model.load_encoder()[0]) == encoder.metadata["space"]
-    except UserError:  # it is gone, or of other settings
-        return False
 
 
 def describe(card: dict[str, Any], decision: dict[str, Any]) -> str:

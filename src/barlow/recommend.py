@@ -104,7 +104,7 @@ def suit(params: Params, minutes: float | None, last: Recommended, fixed: Mappin
         sample = Path(folder, "pretrain-000000.tar")
         largest = recipe.KEPT_SIDE * max(recipe.SIZES[device])
         images = survey.look(accepted, manifest.root(params.ingest), fixed.get("shard.max_side", largest), sample)
-        task = recipe.Task(images, device, minutes, fixed)
+        task = recipe.Task(images, device, minutes, fixed, params.model.weights is not None)
         facts = {"images": asdict(images), "hardware": speed.hardware(params), "minutes": minutes}
         print(f"{images}; {facts['hardware']}; {minutes:g} minutes of pretraining (--minutes)", flush=True)
         same = (last.source, last.facts) == (params.ingest.source, facts)

@@ -59,13 +59,13 @@ def test_no_code_in_a_file_runs(path, tmp_path, monkeypatch, write):
     assert not (tmp_path / "it ran").exists()
 
 
-@pytest.mark.parametrize("format", ["safetensors", "zip", "legacy"])
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
 @pytest.mark.parametrize("kept", [0, 5, 60, -1])
-def test_a_truncated_file_is_one_line(path, tensors, format, kept):
-    if format == "safetensors":
+def test_a_truncated_file_is_one_line(path, tensors, kind, kept):
+    if kind == "safetensors":
         save_file(tensors, path)
     else:
-        torch.save(tensors, path, _use_new_zipfile_serialization=format == "zip")
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "zip")
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"is no whole safetensors or PyTorch file .*; copy it again") as caught:
         reading.read(path, GIVEN)

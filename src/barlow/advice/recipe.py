@@ -36,6 +36,7 @@ RATES = ("pretrain.lr_weights", "pretrain.lr_biases")
 
 LARS_RATES = 0.06, 0.00144  # of weights and biases, per 256 images
 ADAMW_RATE, ADAMW_BATCH = 0.001, 64  # used at that batch size; at others in proportion to its square root
+STARTED = 0.1  # times these rates where training goes on from given weights, so that they are not forgotten
 WEIGHT_DECAY = {"adamw": 1e-4}  # others: 1e-6
 CROP_AREA = [0.3, 1.0]
 LAMBD = 0.002
@@ -81,6 +82,7 @@ class Task:
     device: str  # cpu or cuda
     minutes: float  # of pretraining
     fixed: Mapping[str, Any]  # the settings that the user has chosen, by dotted key
+    started: bool = False  # from given weights, not from random ones
 
     @property
     def batch(self) -> int:
@@ -204,6 +206,9 @@ def settings(task: Task, network: Network, seconds: float) -> Advice:
         batch = task.batch
         rates = (round(ADAMW_RATE * (batch / ADAMW_BATCH) ** 0.5 * 256 / batch, 6),) * 2
         why = f"per 256 images: {ADAMW_RATE:g} at batches of {ADAMW_BATCH}, with the square root of larger ones"
+    if task.started:
+        rates = round(STARTED * rates[0], 7), round(STARTED * rates[1], 7)
+        why = f"{STARTED:g} times the rate for random weights, since model.weights gives others"
     decide("pretrain.lr_weights", rates[0], why)
     decide("pretrain.lr_biases", rates[1], f"for {optimizer}, with these lr_weights")
     return advice

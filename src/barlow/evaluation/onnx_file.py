@@ -189,6 +189,14 @@ def metadata(
     }
 
 
+def is_of_weights(exported: Encoder) -> bool:
+    """Say whether models/encoder.safetensors is what a file was exported from, and not of a later training."""
+    try:
+        return embedding_space(model.load_encoder()[0]) == exported.metadata["space"]
+    except UserError:  # it is gone, or of other settings
+        return False
+
+
 def embedding_space(encoder: model.FrozenEncoder) -> str:
     """Return 16 hex digits of a hash of weights and preprocessing: embeddings compare only within one space."""
     digest = hashlib.sha256(str(encoder.size).encode())
