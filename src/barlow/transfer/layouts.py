@@ -27,8 +27,8 @@ tags: [barlow-twins, self-supervised]
 # {name}, pretrained by Barlow Twins on images without labels
 
 Made by barlow {version} from {epochs} epochs over images with the data hash {data}. It has no classifier: the output is
-the pooled representation of {dim} numbers. Images are resized to {size} x {size} px (bilinear) and normalised by mean {mean}
-and standard deviation {std}. What barlow itself serves is this representation {whitened}.
+the pooled representation of {dim} numbers. Images are resized to {size} x {size} px (bilinear), and normalised by mean
+{mean} and standard deviation {std}. What barlow itself serves is this representation {whitened}.
 
 ```python
 import timm
