@@ -167,6 +167,15 @@ def test_no_draws_no_few_label_probes(extracted, smoke, change):
     assert [scores["few_labels"] for scores in encoders.values()] == [{}] * 3
 
 
+def test_other_weights_have_the_same_figures(metrics, smoke):
+    features.save("swav.v2", clusters(1.5))
+    evaluate.run(smoke)
+    again = files.read_json("reports/evaluate.json")
+    assert again["encoders"]["swav.v2"].keys() == metrics["encoders"]["pretrained"].keys()
+    assert again["gains"]["swav.v2"].keys() == {"linear", "knn"}
+    assert {**again["encoders"], "swav.v2": None} == {**metrics["encoders"], "swav.v2": None}
+
+
 def test_baselines_can_be_left_out(metrics, smoke, change):
     for name in ("random", "pixels"):
         (files.FEATURES / f"{name}.safetensors").unlink()

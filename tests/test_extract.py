@@ -85,6 +85,32 @@ def test_baselines_can_be_left_out(folder, tmp_path, monkeypatch, smoke, change)
     assert [path.name for path in files.FEATURES.iterdir()] == ["pretrained.safetensors"]
 
 
+def test_given_weights_are_compared_and_what_a_run_started_from(folder, tmp_path, monkeypatch, smoke, change):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/shards", "models"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(folder / name)
+    torch.manual_seed(8)
+    other = model.FrozenEncoder(smoke.model, smoke.views)
+    torch.save(other.backbone.state_dict(), "other.pth")
+    features.save("stale", {})
+    params = change(smoke, "extract", baselines=False, weights=("other.pth",))
+    extract.run(change(params, "model", weights=str(files.ENCODER)))
+    assert features.kept() == ["pretrained", "start", "other"]
+    features.whiten(other, torch.device("cpu"))
+    wanted = features.embed(other, features.labelled("test"), torch.device("cpu")).features
+    torch.testing.assert_close(features.load("other", "test").features, wanted)
+    # the same backbone as the pretrained encoder, before the whitening
+    start, pretrained = (features.load(name, "health").features for name in ("start", "pretrained"))
+    torch.testing.assert_close(start, pretrained)
+
+
+@pytest.mark.parametrize("weights", [("a/x.pth", "b/x.pth"), ("random.pth",), ("data/start.safetensors",)])
+def test_two_rows_of_one_name_are_refused(smoke, change, weights):
+    with pytest.raises(UserError, match=r"extract\.weights\[\d\]=.* would be called '\w+' in the tables, like another"):
+        extract.given(change(smoke, "extract", weights=weights))
+
+
 def test_the_views_are_pairs(extracted):
     """Two views of one image are more alike than those of two images."""
     view_a, view_b = (features.load("pretrained", name).features for name in ("view_a", "view_b"))

@@ -94,6 +94,22 @@ def test_it_learns_and_writes_what_later_stages_read(project, smoke, change):
     assert list(checkpoint.FOLDER.glob("*")) == []
 
 
+def test_a_run_goes_on_from_the_encoder_and_the_projector_of_another(project, smoke, change, capsys):
+    params = change(smoke, "pretrain", epochs=1)
+    pretrain.run(params)
+    before, _ = load_weights(files.ENCODER)
+    files.ENCODER.rename("start.safetensors")
+    still = change(params, "pretrain", lr_weights=0.0, lr_biases=0.0)
+    pretrain.run(change(still, "model", weights="start.safetensors"))
+    assert "% of the backbone's parameters matched, the projector too; left out: whitening" in capsys.readouterr().out
+    after, metadata = load_weights(files.ENCODER)
+    trained = [name for name in before if name.endswith("weight") and not name.startswith("whitening.")]
+    assert any(name.startswith("projector.") for name in trained)
+    assert all(torch.equal(after[name], before[name]) for name in trained)
+    assert metadata["weights"] == {"name": "start.safetensors", "sha256": files.sha256("start.safetensors")}
+    assert not any(name.startswith("projector") for name in model.load_encoder()[0].state_dict())
+
+
 def test_progress_is_told_between_epochs(project, smoke, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS", 0)
     pretrain.run(smoke)

@@ -13,7 +13,7 @@ from barlow.core import files, images, webdataset
 from barlow.core.errors import GateError, Interrupted, UserError
 from barlow.encoder.encoder import Encoder
 from barlow.encoder.registry import Registry
-from barlow.evaluation import classifier, features, figures, probe
+from barlow.evaluation import classifier, features, figures, onnx_file, probe
 from barlow.evaluation.figures import Images, Parity, Speed
 
 CLASSES = ["a", "b", "c", "d"]
@@ -68,6 +68,22 @@ def test_lower_precisions_of_this_very_encoder_go_with_it(encoders, held):
     (version.path / "int8.onnx").chmod(0o644)
     (version.path / "int8.onnx").write_bytes(b"")
     assert "int8.onnx has another SHA-256" in version.damage()
+
+
+def test_the_weights_of_this_very_encoder_go_with_it(encoders, held, monkeypatch):
+    encoders("edges")
+    files.ENCODER.write_bytes(b"weights")
+    monkeypatch.setattr(onnx_file, "is_of_weights", lambda exported: exported.metadata["space"] == "space of edges")
+    promote.run(encoders.params)
+    version = held.production()
+    assert (version.path / "encoder.safetensors").read_bytes() == b"weights"
+    assert version.damage() is None
+    (version.path / "encoder.safetensors").chmod(0o644)
+    (version.path / "encoder.safetensors").write_bytes(b"")
+    assert "encoder.safetensors has another SHA-256" in version.damage()
+    encoders("other")
+    promote.run(encoders.params)
+    assert not (held.production().path / "encoder.safetensors").exists()
 
 
 def test_the_same_again_is_unchanged(encoders, held, capsys):

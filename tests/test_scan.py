@@ -85,3 +85,24 @@ def test_scan_notices_a_file_replaced_by_one_of_the_same_size_and_time(tmp_path,
     assert scanned() == after  # not again what it was before, for which DVC has the old manifest
     old.unlink()
     assert "replaced" not in scanned()
+
+
+def test_scan_notes_given_weights_by_their_content(tmp_path, smoke, change):
+    scan.run(smoke)
+    assert files.read_json(scan.START) == files.read_json(scan.COMPARED) == []
+    (tmp_path / "a.pth").write_bytes(b"weights")
+    params = change(smoke, "model", weights="a.pth")
+    params = change(params, "extract", weights=("timm:resnet18.a1_in1k", "a.pth"))
+    scan.run(params)
+    known = {"name": "a.pth", "sha256": files.sha256("a.pth")}
+    assert files.read_json(scan.START) == [known]
+    assert files.read_json(scan.COMPARED) == [{"name": "timm:resnet18.a1_in1k"}, known]
+    before = scan.START.stat().st_ino
+    scan.run(params)
+    assert scan.START.stat().st_ino == before  # the file was not written again
+    (tmp_path / "a.pth").write_bytes(b"other weights")
+    scan.run(params)
+    assert files.read_json(scan.START) == [{"name": "a.pth", "sha256": files.sha256("a.pth")}] != [known]
+    (tmp_path / "a.pth").unlink()
+    with pytest.raises(UserError, match=r"model\.weights=a\.pth is no file"):
+        scan.run(params)

@@ -136,3 +136,13 @@ def test_what_to_expect_is_said():
     bare = replace(TASK, images=replace(PHOTOS, labelled={}))
     assert "no labels" in recipe.remarks(bare, recipe.settings(bare, NETWORK, 0.006), 0.006)[-1]
     assert len(recipe.remarks(TASK, recipe.settings(TASK, NETWORK, 0.006), 0.006)) == 1
+
+
+def test_given_weights_are_trained_on_at_a_tenth_of_the_rates():
+    network = recipe.choose(TASK, lambda _: 0.001)
+    random, started = (recipe.settings(replace(TASK, started=given), network, 0.001) for given in (False, True))
+    for key in ("pretrain.lr_weights", "pretrain.lr_biases"):
+        assert started[key][0] == pytest.approx(random[key][0] / 10)
+    others = {key: value for key, value in started.items() if not key.startswith("pretrain.lr_")}
+    assert others == {key: value for key, value in random.items() if key in others}
+    assert "model.weights" in started["pretrain.lr_weights"][1]

@@ -96,6 +96,18 @@ def test_a_model_of_timm_has_no_settings_of_the_resnets(tmp_path, document, name
         load(tmp_path, document)
 
 
+@pytest.mark.parametrize("given", ["models/encoder.safetensors", "./models/encoder.safetensors"])
+def test_what_pretrain_writes_is_not_what_it_starts_from(tmp_path, document, given):
+    document["model"]["weights"] = given
+    with pytest.raises(
+        UserError, match=r"model\.weights=.* DVC deletes it .*; copy it, cp models/encoder\.safetensors"
+    ) as e:
+        load(tmp_path, document)
+    assert "\n" not in str(e.value)
+    document["model"]["weights"] = "data/start.safetensors"
+    assert load(tmp_path, document).model.weights == "data/start.safetensors"
+
+
 def test_every_missing_key_is_named(tmp_path, document):
     for section, keys in document.items():
         for key in keys:

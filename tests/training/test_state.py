@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from barlow import pretrain
-from barlow.core import webdataset
+from barlow.core import files, webdataset
 from barlow.core.errors import UserError
 from barlow.core.weights import load_weights
-from barlow.training import checkpoint, loss, state
+from barlow.training import checkpoint, loss, model, state
 from barlow.training.loss import BarlowTwinsLoss, barlow_twins_loss
 from barlow.training.optim import warmup_cosine
 from barlow.training.state import Training
@@ -277,3 +277,24 @@ def test_where_and_how_often_a_run_is_saved_does_not_make_it_another(project, sm
         assert Training(change(smoke, section, **values), CPU).folder != folder
     for values in ({"ablate": "invariance"}, {"microbatch": 16}):
         assert Training(change(smoke, "pretrain", **values), CPU).folder != folder
+
+
+def test_a_run_starts_from_given_weights_and_their_projector(project, smoke, change):
+    torch.manual_seed(5)
+    given = model.BarlowTwins(smoke.model, smoke.views.size)
+    torch.save(given.state_dict(), "a.pth")
+    params = change(smoke, "model", weights="a.pth")
+    run = Training(params, CPU)
+    found, wanted = run.network.state_dict(), given.state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert run.started.text.endswith("100.0 % of the backbone's parameters matched, the projector too")
+    assert run.identity["weights"] == {"name": "a.pth", "sha256": files.sha256("a.pth")}
+    given.projector[0].weight.data += 1
+    torch.save(given.state_dict(), "a.pth")
+    assert Training(params, CPU).folder != run.folder  # another run, whose checkpoints are not this one's
+
+
+def test_a_run_from_random_weights_has_no_weights_in_its_identity(project, smoke):
+    run = Training(smoke, CPU)
+    assert run.started is None
+    assert "weights" not in run.identity
