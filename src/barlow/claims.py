@@ -18,7 +18,14 @@ from barlow.evaluation.figures import Evaluation
 from barlow.experiments import grid, runs
 from barlow.settings.params import Params
 
-READ = ("src", "params.yaml", "dvc.yaml", "data/source.json", "presets/claims")  # the revision tells if they changed
+READ = (
+    "src",
+    "params.yaml",
+    "dvc.yaml",
+    "data/source.json",
+    "data/start.json",
+    "presets/claims",
+)  # the revision tells if they changed
 Interval = tuple[float, float]
 
 

@@ -22,7 +22,7 @@ from barlow.settings import editing
 from barlow.settings.params import Params
 
 MINUTES = {"cpu": 12.0, "cuda": 30.0}  # of pretraining in all runs, if nobody says how many
-READ = ("src", "params.yaml", "dvc.yaml", "data/source.json")  # the revision tells if they changed
+READ = ("src", "params.yaml", "dvc.yaml", "data/source.json", "data/start.json")  # the revision tells if they changed
 
 
 def run(params: Params, minutes: float | None = None, apply: bool = False) -> None:

@@ -54,29 +54,43 @@ def load(
     tensors = reading.read(path, given)
     found = match(tensors, backbone)
     parts = [f"{100 * found.share:.1f} % of the backbone's parameters matched"]
+    head = dict[str, Tensor]()
     if projector is not None:
-        ours = "backbone."  # beside which the projector lies, in our files and the official ones
-        head = {}
-        if found.prefix.endswith(ours):
-            prefix = f"{found.prefix.removesuffix(ours)}projector."
-            head = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        fits = match(head, projector)
-        whole = fits.share == 1 and {*head} == {*projector.state_dict()}
-        why = "the file has none" if not head else "the file's has other sizes than model.projector"
-        parts.append("the projector too" if whole else f"the projector is new, since {why}")
-        if whole:
-            _check_finite(fits.taken, given)
-            projector.load_state_dict(fits.taken, strict=False)
-    missed = _reasons(found.left_out) + _stem(found, model)
+        head, text = _head(tensors, found.prefix, projector)
+        parts.append(text)
+    beside = {f"{_beside(found.prefix)}{name}" for name in head}
+    missed = _reasons({name: why for name, why in found.left_out.items() if name not in beside}) + _stem(found, model)
     if found.share < LEAST:
         raise UserError(
             f"{given}: only {100 * found.share:.1f} % of the parameters of model.arch={model.arch} match, and at least "
             f"{100 * LEAST:.0f} % must; is it a file of another architecture? Left out: {missed}"
         )
-    _check_finite(found.taken, given)
+    for name, value in (*found.taken.items(), *head.items()):
+        if not value.isfinite().all():
+            raise UserError(f"{given} has a NaN or an infinity in {name}; it is of a training that failed, or damaged")
     backbone.load_state_dict(found.taken, strict=False)
+    if projector is not None and head:
+        projector.load_state_dict(head)
     text = f"{given}: {', '.join(parts)}" + (f"; left out: {missed}" if missed else "")
     return Loaded({"name": weights, "sha256": files.sha256(path)}, text)
+
+
+def _beside(prefix: str) -> str | None:
+    """Return the prefix of the projector, which lies beside the backbone in our files and the official ones."""
+    return f"{prefix.removesuffix('backbone.')}projector." if prefix.endswith("backbone.") else None
+
+
+def _head(tensors: Mapping[str, Tensor], prefix: str, projector: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of the file's projector, if they fit in whole, and words on that."""
+    beside = _beside(prefix)
+    names = [name for name in tensors if beside and name.startswith(beside)]
+    if not beside or not names:
+        return {}, "the projector is new, since the file has none"
+    head = {name.removeprefix(beside): tensors[name] for name in names}
+    wanted = projector.state_dict()
+    if head.keys() != wanted.keys() or any(_fault(head[name], wanted[name]) for name in wanted):
+        return {}, "the projector is new, since the file's has other sizes than model.projector"
+    return head, "the projector too"
 
 
 def match(tensors: Mapping[str, Tensor], network: nn.Module) -> Match:
@@ -131,12 +145,6 @@ def _resampled(name: str, given: Tensor | None, network: Any) -> Tensor | None:
     prefix = wanted.shape[1] - prod(grid)
     resampled: Tensor = resample_abs_pos_embed(given.float(), [*grid], num_prefix_tokens=prefix)
     return resampled
-
-
-def _check_finite(taken: Mapping[str, Tensor], given: str) -> None:
-    for name, value in taken.items():
-        if not value.isfinite().all():
-            raise UserError(f"{given} has a NaN or an infinity in {name}; it is of a training that failed, or damaged")
 
 
 def _reasons(left_out: Mapping[str, str]) -> str:
