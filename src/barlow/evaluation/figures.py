@@ -102,7 +102,9 @@ class Evaluation:
 
     classes: int
     images: Images
-    encoders: dict[str, Scores]  # "pretrained" and, unless extract.baselines is off, "random" and "pixels"; or more
+    encoders: dict[
+        str, Scores
+    ]  # "pretrained" and, unless extract.baselines is off, "random" and "pixels"; and given weights
     gains: dict[str, dict[str, Gain]]  # of pretrained over each other encoder: "linear" and "knn"; empty without labels
 
 

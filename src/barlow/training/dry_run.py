@@ -65,6 +65,7 @@ def describe(params: Params) -> str:
     stem = "" if m.arch.startswith(TIMM) else f"{m.stem} stem, "
     lines = {
         "model": f"{m.arch}, {stem}{parameters['backbone']:,} parameters",
+        **({"weights": run.started.text} if run.started else {}),
         "projector": f"{'-'.join(map(str, m.projector))}, {parameters['projector']:,} parameters",
         "steps": f"{run.total_steps:,}: {p.epochs} epochs of {run.epoch_steps:,}, of {p.batch_size} images each",
         **({"warning": few} if (few := health.few_steps(run.total_steps, p.epochs)) else {}),
