@@ -219,3 +219,11 @@ def test_a_folder_of_photographs(reproduced, tmp_path):
     assert run(project, "barlow", "recommend", "--auto") == ""
     out = run(project, "dvc", "repro", "pretrain")
     assert "batches of 8 per epoch" in out
+
+
+def test_the_network_of_given_weights_stays(smoke, change):
+    """They fit no other, even if it is the one that params.yaml is shipped with."""
+    last = recommend.Recommended("synthetic", None, {}, {}, {})
+    assert not {*recipe.NETWORK} & {*recommend.touched(smoke, last)}
+    given = recommend.touched(change(smoke, "model", weights="a.pth"), last)
+    assert given == recommend.touched(smoke, last) | {"model.arch": "resnet10", "model.stem": "stride"}

@@ -53,7 +53,7 @@ def run(params: Params) -> None:
         features.save("pixels", {split: pixels(split, side) for split in SPLITS})
     for name, (weights, key) in given(params).items():
         networks[name] = model.FrozenEncoder(params.model, params.views)
-        print(matching.load(weights, key, params.promote.registry, params.model, networks[name].backbone).text)
+        print(matching.load(weights, key, params, networks[name].backbone).text)
         features.whiten(networks[name].to(device), device)
     features.keep_only({*networks, *(("pixels",) if params.extract.baselines else ())})
     for name, network in networks.items():

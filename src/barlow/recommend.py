@@ -65,12 +65,13 @@ def read() -> Recommended:
 
 
 def touched(params: Params, last: Recommended) -> dict[str, Any]:
-    """Return the settings of the recipe that the user has changed, by dotted key."""
+    """Return the settings of the recipe that the user has changed, by dotted key; a network for given weights too."""
     now = {key: current(params, key) for key in recipe.SYNTHETIC}
     return {
         key: value
         for key, value in now.items()
         if value not in (recipe.SYNTHETIC[key], last.values.get(key, recipe.SYNTHETIC[key]))
+        or (key in recipe.NETWORK and params.model.weights is not None)
     }
 
 

@@ -25,13 +25,11 @@ def other(smoke):
     return model.BarlowTwins(smoke.model, 24)
 
 
-def put(tensors, network, tmp_path, model, projector=True):
+def put(tensors, network, tmp_path, params):
     """Write tensors as a file and load them into the network; return the text."""
     path = tmp_path / "a.pth"
     torch.save(tensors, path)
-    loaded = matching.load(
-        str(path), "model.weights", "registry", model, network.backbone, network.projector if projector else None
-    )
+    loaded = matching.load(str(path), "model.weights", params, network.backbone, network.projector)
     assert loaded.source == {"name": str(path), "sha256": files.sha256(path)}
     return loaded.text.removeprefix(f"model.weights={path}: ")
 
@@ -45,7 +43,7 @@ def same(found, wanted):
 def test_names_are_found_behind_any_prefix(network, other, smoke, tmp_path, prefix):
     tensors = {f"{prefix}{name}": value for name, value in other.backbone.state_dict().items()}
     before = copy.deepcopy(network.projector)
-    text = put(tensors, network, tmp_path, smoke.model)
+    text = put(tensors, network, tmp_path, smoke)
     assert text == "100.0 % of the backbone's parameters matched, the projector is new, since the file has none"
     assert same(network.backbone, other.backbone)
     assert same(network.projector, before)
@@ -53,17 +51,17 @@ def test_names_are_found_behind_any_prefix(network, other, smoke, tmp_path, pref
 
 def test_of_teacher_and_student_the_teacher_is_taken(network, other, smoke, tmp_path):
     both = {"student": network.backbone.state_dict(), "teacher": other.backbone.state_dict()}
-    text = put(copy.deepcopy(both), network, tmp_path, smoke.model)
+    text = put(copy.deepcopy(both), network, tmp_path, smoke)
     assert same(network.backbone, other.backbone)
     assert "student.conv1.weight" in text
 
 
 def test_a_checkpoint_of_barlow_twins_brings_its_projector(network, other, smoke, tmp_path):
     tensors = {"model": {f"module.{name}": value for name, value in other.state_dict().items()}}
-    assert put(tensors, network, tmp_path, smoke.model).endswith("matched, the projector too")
+    assert put(tensors, network, tmp_path, smoke).endswith("matched, the projector too")
     assert same(network, other)
     smaller = model.BarlowTwins(dataclasses.replace(smoke.model, projector=(32, 32)), 24)
-    text = put(tensors, smaller, tmp_path, smoke.model)
+    text = put(tensors, smaller, tmp_path, smoke)
     assert "the projector is new, since the file's has other sizes than model.projector" in text
     assert same(smaller.backbone, other.backbone)
 
@@ -74,7 +72,7 @@ def test_what_was_left_out_is_named_with_the_reason(network, other, smoke, tmp_p
     tensors["bn1.bias"] = torch.ones(64, dtype=torch.int32)
     del tensors["layer1.0.bn1.weight"]
     kept = copy.deepcopy(network.backbone.bn1)
-    text = put(tensors, network, tmp_path, smoke.model)
+    text = put(tensors, network, tmp_path, smoke)
     for part in (
         "bn1.weight (shape 65 in the file, 64 here)", "bn1.bias (dtype torch.int32)",
         "layer1.0.bn1.weight (not in the file)", "fc.weight, fc.bias (not in the network)",
@@ -95,7 +93,7 @@ def test_half_precision_and_double_become_float32(network, other, smoke, tmp_pat
 
 def test_another_stem_is_named(network, smoke, tmp_path):
     file = model.BarlowTwins(dataclasses.replace(smoke.model, stem="imagenet"), 24)
-    text = put(file.backbone.state_dict(), network, tmp_path, smoke.model)
+    text = put(file.backbone.state_dict(), network, tmp_path, smoke)
     assert "conv1.weight (shape 64x3x7x7 in the file, 64x3x3x3 here)" in text
     assert "the file's first layer is that of model.stem: imagenet, not of stride" in text
 
@@ -103,7 +101,7 @@ def test_another_stem_is_named(network, smoke, tmp_path):
 def test_a_file_of_another_architecture_is_refused(network, smoke, tmp_path):
     before = copy.deepcopy(network)
     with pytest.raises(UserError, match=r"only \d+\.\d % of the parameters of model\.arch=resnet10 match") as caught:
-        put(timm.create_model("test_vit").state_dict(), network, tmp_path, smoke.model)
+        put(timm.create_model("test_vit").state_dict(), network, tmp_path, smoke)
     assert "\n" not in str(caught.value)
     assert same(network, before)
 
@@ -119,14 +117,14 @@ def test_weights_that_are_not_finite_are_refused(network, other, smoke, tmp_path
     tensors = copy.deepcopy(other.state_dict())
     tensors["backbone.layer1.0.conv1.weight"][0, 0, 0, 0] = value
     with pytest.raises(UserError, match=r"has a NaN or an infinity in layer1\.0\.conv1\.weight"):
-        put(tensors, network, tmp_path, smoke.model)
+        put(tensors, network, tmp_path, smoke)
 
 
 def test_bytes_and_complex_numbers_are_no_weights(network, other, smoke, tmp_path):
     for dtype in (torch.float8_e4m3fn, torch.int8, torch.complex64):
         tensors = {name: value.to(dtype) for name, value in other.backbone.state_dict().items()}
         with pytest.raises(UserError, match=rf"only 0\.0 % .*\(dtype {dtype}\)"):
-            put(tensors, network, tmp_path, smoke.model)
+            put(tensors, network, tmp_path, smoke)
 
 
 def test_torchvisions_file_fits_with_its_stem(smoke, tmp_path):
@@ -136,10 +134,11 @@ def test_torchvisions_file_fits_with_its_stem(smoke, tmp_path):
     save_file(oracle.state_dict(), path)
     settings = dataclasses.replace(smoke.model, arch="resnet18", stem="imagenet")
     backbone = model.backbone(settings, 64)
-    text = matching.load(str(path), "extract.weights[0]", "registry", settings, backbone).text
+    params = dataclasses.replace(smoke, model=settings)
+    text = matching.load(str(path), "extract.weights[0]", params, backbone).text
     assert text == (
         f"extract.weights[0]={path}: 100.0 % of the backbone's parameters matched; "
-        "left out: fc.weight, fc.bias (not in the network)"
+        "left out: fc.bias, fc.weight (not in the network)"
     )
     oracle.fc = torch.nn.Identity()
     images = torch.randn(2, 3, 64, 64)
@@ -156,5 +155,5 @@ def test_positions_of_a_vision_transformer_are_resampled_as_timm_does(smoke, tmp
     oracle.load_state_dict({name: value for name, value in cleaned.items() if not name.startswith("head")})
     settings = dataclasses.replace(smoke.model, arch="timm:test_vit", stem="imagenet")
     backbone = model.backbone(settings, 64)
-    matching.load(str(path), "model.weights", "registry", settings, backbone)
+    matching.load(str(path), "model.weights", dataclasses.replace(smoke, model=settings), backbone)
     assert same(backbone, oracle)

@@ -33,6 +33,7 @@ SYNTHETIC: dict[str, Any] = {
     "pretrain.warmup_epochs": 1,
 }
 RATES = ("pretrain.lr_weights", "pretrain.lr_biases")
+NETWORK = ("model.arch", "model.stem")  # given weights fit no other
 
 LARS_RATES = 0.06, 0.00144  # of weights and biases, per 256 images
 ADAMW_RATE, ADAMW_BATCH = 0.001, 64  # used at that batch size; at others in proportion to its square root

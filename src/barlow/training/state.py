@@ -54,10 +54,7 @@ class Training:
         network = model.BarlowTwins(params.model, params.views.size)
         self.started: matching.Loaded | None = None  # from given weights
         if (given := params.model.weights) is not None:
-            registry = params.promote.registry
-            self.started = matching.load(
-                given, "model.weights", registry, params.model, network.backbone, network.projector
-            )
+            self.started = matching.load(given, "model.weights", params, network.backbone, network.projector)
         network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = model.synchronised(network, device) if world > 1 else network
         loading.check_microbatch(p, world)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from barlow.core import files
 from barlow.core.errors import UserError
-from barlow.settings.params import Model, Views
-from barlow.transfer.places import TIMM
+from barlow.settings.params import TIMM, Model, Views
 
 CLASSES = 1000  # of torchvision's classifier `fc`
 SHARED = ("resnet18", "resnet34", "resnet50")  # the networks that torchvision and timm have under the same names
@@ -72,7 +71,9 @@ def of_timm(backbone: nn.Module, model: Model) -> Any:
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a state dict, whole or not at all: .safetensors, or else as torch.save does, plain tensors alone."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     with files.replacing(path) as temporary:
         if path.suffix == ".safetensors":
             temporary.write_bytes(save(plain))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from barlow.core import files
 from barlow.core.errors import UserError
-from barlow.settings.params import Model
+from barlow.settings.params import TIMM, Model, Params
 from barlow.transfer import places, reading
 
 LEAST = 0.9  # fraction of the backbone's parameters that must match
@@ -34,23 +34,20 @@ class Loaded(NamedTuple):
     text: str  # what matched
 
 
-def load(
-    weights: str, key: str, registry: str, model: Model, backbone: nn.Module, projector: nn.Module | None = None
-) -> Loaded:
+def load(weights: str, key: str, params: Params, backbone: nn.Module, projector: nn.Module | None = None) -> Loaded:
     """Put weights into the backbone and, if the file has one of the same sizes, into the projector.
 
     Args:
         weights: a path, `registry:v3`, `torchvision:...` or `timm:...`.
         key: the setting that names them, for messages.
-        registry: the folder of the registry.
-        model: the settings of the network, for messages.
+        params: the folder of the registry, and the network for messages.
         backbone, projector: changed in place.
 
     Raises:
         UserError: the weights are not there, damaged, not finite, or fit less than LEAST of the backbone.
     """
     given = f"{key}={weights}"
-    path = places.locate(weights, key, registry)
+    path = places.locate(weights, key, params.promote.registry)
     tensors = reading.read(path, given)
     found = match(tensors, backbone)
     parts = [f"{100 * found.share:.1f} % of the backbone's parameters matched"]
@@ -59,10 +56,12 @@ def load(
         head, text = _head(tensors, found.prefix, projector)
         parts.append(text)
     beside = {f"{_beside(found.prefix)}{name}" for name in head}
-    missed = _reasons({name: why for name, why in found.left_out.items() if name not in beside}) + _stem(found, model)
+    missed = _reasons({name: why for name, why in found.left_out.items() if name not in beside}) + _stem(
+        found, params.model
+    )
     if found.share < LEAST:
         raise UserError(
-            f"{given}: only {100 * found.share:.1f} % of the parameters of model.arch={model.arch} match, and at least "
+            f"{given}: only {100 * found.share:.1f} % of the parameters of model.arch={params.model.arch} match, and at least "
             f"{100 * LEAST:.0f} % must; is it a file of another architecture? Left out: {missed}"
         )
     for name, value in (*found.taken.items(), *head.items()):
@@ -161,7 +160,7 @@ def _reasons(left_out: Mapping[str, str]) -> str:
 def _stem(found: Match, model: Model) -> str:
     """Say which stem a ResNet's file has, if it is another one."""
     reason = found.left_out.get("conv1.weight", "")
-    if model.arch.startswith(places.TIMM) or not reason.startswith("shape"):
+    if model.arch.startswith(TIMM) or not reason.startswith("shape"):
         return ""
     stems = "imagenet" if reason.startswith("shape 64x3x7x7") else "small or stride"
     return f"; the file's first layer is that of model.stem: {stems}, not of {model.stem}"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from barlow.core import files
 from barlow.core.errors import UserError
+from barlow.settings.params import TIMM
 
-TORCHVISION, TIMM, REGISTRY = "torchvision:", "timm:", "registry:"
+TORCHVISION, REGISTRY = "torchvision:", "registry:"
 
 
 def is_public(weights: str) -> bool:
