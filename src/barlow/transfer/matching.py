@@ -61,8 +61,8 @@ def load(weights: str, key: str, params: Params, backbone: nn.Module, projector:
     )
     if found.share < LEAST:
         raise UserError(
-            f"{given}: only {100 * found.share:.1f} % of the parameters of model.arch={params.model.arch} match, and at "
-            f"least {100 * LEAST:.0f} % must; is it a file of another architecture? Left out: {missed}"
+            f"{given}: only {100 * found.share:.1f} % of the parameters of model.arch={params.model.arch} match, and "
+            f"at least {100 * LEAST:.0f} % must; is it a file of another architecture? Left out: {missed}"
         )
     for name, value in (*found.taken.items(), *head.items()):
         if not value.isfinite().all():
