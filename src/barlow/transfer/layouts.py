@@ -85,11 +85,12 @@ def write_folder(folder: Path, network: Any, views: Views, about: Mapping[str, A
     """Write model.safetensors, config.json in timm's format and README.md, the model card."""
     from timm.models import _hub
 
-    data = {"input_size": (3, views.size, views.size), "mean": views.mean, "std": views.std}
-    data |= {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}
+    size = (3, views.size, views.size)
+    data = {"input_size": size, "test_input_size": size, "mean": views.mean, "std": views.std}
+    data |= {"interpolation": "bilinear", "crop_pct": 1.0, "test_crop_pct": 1.0, "crop_mode": "squash"}
     write(folder / "model.safetensors", network.state_dict())
     with files.replacing(folder / "config.json") as temporary:
-        _hub.save_config_for_hf(network, str(temporary), data_config=data)
+        _hub.save_config_for_hf(network, str(temporary), {"pretrained_cfg": data})
     with files.replacing(folder / "README.md") as temporary:
         shown = {"size": views.size, "mean": [*views.mean], "std": [*views.std], "dim": network.num_features}
         temporary.write_text(CARD.format(**shown, **about), encoding="utf-8")
