@@ -56,6 +56,11 @@ def test_of_teacher_and_student_the_teacher_is_taken(network, other, smoke, tmp_
     assert "student.conv1.weight" in text
 
 
+def test_of_equal_ones_every_process_takes_the_same(network, other):
+    tensors = {f"encoder_{q}.{name}": w for q in "qk" for name, w in other.backbone.state_dict().items()}
+    assert matching.match(tensors, network.backbone).prefix == "encoder_q."
+
+
 def test_a_checkpoint_of_barlow_twins_brings_its_projector(network, other, smoke, tmp_path):
     tensors = {"model": {f"module.{name}": value for name, value in other.state_dict().items()}}
     assert put(tensors, network, tmp_path, smoke).endswith("matched, the projector too")

@@ -56,9 +56,8 @@ def load(weights: str, key: str, params: Params, backbone: nn.Module, projector:
         head, text = _head(tensors, found.prefix, projector)
         parts.append(text)
     beside = {f"{_beside(found.prefix)}{name}" for name in head}
-    missed = _reasons({name: why for name, why in found.left_out.items() if name not in beside}) + _stem(
-        found, params.model
-    )
+    missed = _reasons({name: why for name, why in found.left_out.items() if name not in beside})
+    missed += _stem(found, params.model)
     if found.share < LEAST:
         raise UserError(
             f"{given}: only {100 * found.share:.1f} % of the parameters of model.arch={params.model.arch} match, and "
@@ -95,7 +94,8 @@ def _head(tensors: Mapping[str, Tensor], prefix: str, projector: nn.Module) -> t
 def match(tensors: Mapping[str, Tensor], network: nn.Module) -> Match:
     """Find the network's tensors in a file, whatever prefix their names have there: `module.`, `teacher.backbone.`.
 
-    Of several prefixes the one that fits the most parameters is taken; of equal ones that of a teacher.
+    Of several prefixes the one that fits the most parameters is taken; of equal ones that of a teacher, then the
+    shorter one, then the last by the alphabet (MoCo's encoder_q, not encoder_k): every process takes the same.
     """
     wanted = network.state_dict()
     sizes = {name: w.numel() for name, w in network.named_parameters()}
@@ -105,7 +105,7 @@ def match(tensors: Mapping[str, Tensor], network: nn.Module) -> Match:
 
     prefixes = {there.removesuffix(name) for there in tensors for name in sizes if there.endswith(name)}
     prefixes = {"", *(each for each in prefixes if each.endswith("."))}
-    prefix = max(prefixes, key=lambda each: (fitting(each), "teacher" in each, -len(each)))
+    prefix = max(prefixes, key=lambda each: (fitting(each), "teacher" in each, -len(each), each))
     taken, left_out = dict[str, Tensor](), dict[str, str]()
     for name, value in wanted.items():
         given = _resampled(name, tensors.get(prefix + name), network)
