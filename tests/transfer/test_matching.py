@@ -89,9 +89,7 @@ def test_what_was_left_out_is_named_with_the_reason(network, other, smoke, tmp_p
 
 def test_half_precision_and_double_become_float32(network, other, smoke, tmp_path):
     for dtype in (torch.float16, torch.float64):
-        put(
-            {name: value.to(dtype) for name, value in other.backbone.named_parameters()}, network, tmp_path, smoke.model
-        )
+        put({name: value.to(dtype) for name, value in other.backbone.named_parameters()}, network, tmp_path, smoke)
         assert network.backbone.conv1.weight.dtype == torch.float32
         torch.testing.assert_close(network.backbone.conv1.weight, other.backbone.conv1.weight, atol=1e-3, rtol=1e-3)
 

@@ -86,7 +86,7 @@ def write_folder(folder: Path, network: Any, views: Views, about: Mapping[str, A
     from timm.models import _hub
 
     size = (3, views.size, views.size)
-    data = {"input_size": size, "test_input_size": size, "mean": views.mean, "std": views.std}
+    data: dict[str, Any] = {"input_size": size, "test_input_size": size, "mean": views.mean, "std": views.std}
     data |= {"interpolation": "bilinear", "crop_pct": 1.0, "test_crop_pct": 1.0, "crop_mode": "squash"}
     write(folder / "model.safetensors", network.state_dict())
     with files.replacing(folder / "config.json") as temporary:

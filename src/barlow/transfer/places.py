@@ -75,7 +75,7 @@ def _of_torchvision(name: str) -> Path:
     from torchvision.models import get_weight
 
     try:
-        url: str = get_weight(name).url  # type: ignore[attr-defined]
+        url: str = get_weight(name).url
     except ValueError as error:
         raise KeyError(str(error)) from None
     except KeyError:
@@ -83,7 +83,7 @@ def _of_torchvision(name: str) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = torch.hub.HASH_REGEX.search(path.name)  # type: ignore[attr-defined]
+        found = torch.hub.HASH_REGEX.search(path.name)
         torch.hub.download_url_to_file(url, str(path), found.group(1) if found else None, progress=False)
     return path
 
