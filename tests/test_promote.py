@@ -81,6 +81,7 @@ def test_the_weights_of_this_very_encoder_go_with_it(encoders, held, monkeypatch
     (version.path / "encoder.safetensors").chmod(0o644)
     (version.path / "encoder.safetensors").write_bytes(b"")
     assert "encoder.safetensors has another SHA-256" in version.damage()
+    (version.path / "encoder.safetensors").write_bytes(b"weights")
     encoders("other")
     promote.run(encoders.params)
     assert not (held.production().path / "encoder.safetensors").exists()
