@@ -24,7 +24,7 @@ def encoder(tmp_path, monkeypatch, smoke):
     def write(arch, stem="imagenet"):
         torch.manual_seed(0)
         shape = dataclasses.replace(smoke.model, arch=arch, stem=stem)
-        views = dataclasses.replace(smoke.views, size=32)
+        views = dataclasses.replace(smoke.views, size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
         encoder = model.FrozenEncoder(shape, views)
         about = {"model": dataclasses.asdict(shape), "views": dataclasses.asdict(views), "version": "1", "data": "d"}
         projector = {"projector.0.weight": torch.ones(2, 2)}
@@ -66,6 +66,7 @@ def test_timms_network_loads_it_strictly(encoder, arch, theirs):
     found = timm.create_model("local-dir:models/weights/timm", pretrained=True, num_classes=0)
     torch.testing.assert_close(representations(found), wanted)
     config = timm.data.resolve_model_data_config(found)
+    assert (config["mean"], config["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert (config["input_size"], config["interpolation"], config["crop_pct"]) == ((3, 32, 32), "bilinear", 1.0)
     card = Path("models/weights/timm/README.md").read_text()
     assert f"# {theirs}, pretrained by Barlow Twins" in card

@@ -50,10 +50,10 @@ def test_names_are_found_behind_any_prefix(network, other, smoke, tmp_path, pref
 
 
 def test_of_teacher_and_student_the_teacher_is_taken(network, other, smoke, tmp_path):
-    both = {"student": network.backbone.state_dict(), "teacher": other.backbone.state_dict()}
+    both = {"online": network.backbone.state_dict(), "teacher": other.backbone.state_dict()}
     text = put(copy.deepcopy(both), network, tmp_path, smoke)
     assert same(network.backbone, other.backbone)
-    assert "student.conv1.weight" in text
+    assert "online.conv1.weight" in text
 
 
 def test_of_equal_ones_every_process_takes_the_same(network, other):
@@ -109,10 +109,13 @@ def test_a_file_of_another_architecture_is_refused(network, smoke, tmp_path):
     assert same(network, before)
 
 
-def test_the_share_counts_parameters(network, other):
-    tensors = {name: value for name, value in other.backbone.state_dict().items() if "layer4" not in name}
-    counts = [sum(w.numel() for w in part.parameters()) for part in (other.backbone, other.backbone.layer4)]
-    assert matching.match(tensors, network.backbone).share == pytest.approx(1 - counts[1] / counts[0])
+def test_a_file_that_fits_less_than_nine_tenths_is_refused(network, other, smoke, tmp_path):
+    counts = [sum(w.numel() for w in part.parameters()) for part in (other.backbone, other.backbone.layer3)]
+    share = 1 - counts[1] / counts[0]
+    assert 0.7 < share < 0.9
+    tensors = {name: value for name, value in other.backbone.state_dict().items() if "layer3" not in name}
+    with pytest.raises(UserError, match=rf"only {100 * share:.1f} % of the parameters"):
+        put(tensors, network, tmp_path, smoke)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

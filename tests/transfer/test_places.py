@@ -38,7 +38,7 @@ def test_a_file_and_a_version_are_found_and_known_by_their_sha256():
     [
         ("nowhere.pth", r"model\.weights=nowhere\.pth is no file; write a path, registry:v1, torchvision:"),
         ("registry:v9", r"is no version of promote\.registry=registry; it has: v1$"),
-        ("registry:../v1", "is no version"),
+        ("registry:../versions/v1", "is no version"),
         ("registry:v1", r"keeps no encoder\.safetensors"),
         ("torchvision:ResNet18", "is no public name: Invalid weight name"),
         (

@@ -50,8 +50,9 @@ def locate(weights: str, key: str, registry: str) -> Path:
             raise UserError(f"{key}={weights} cannot be downloaded ({text:.160}); give a file instead") from None
     path = Path(weights).expanduser()
     if weights.startswith(REGISTRY):
-        version = Path(registry, "versions", weights.removeprefix(REGISTRY))
-        if not re.fullmatch(r"v\d+", version.name) or not version.is_dir():
+        name = weights.removeprefix(REGISTRY)
+        version = Path(registry, "versions", name)
+        if not re.fullmatch(r"v\d+", name) or not version.is_dir():
             known = ", ".join(sorted(found.name for found in version.parent.glob("v*"))) or "none"
             raise UserError(f"{key}={weights} is no version of promote.registry={registry}; it has: {known}")
         path = version
