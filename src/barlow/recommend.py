@@ -105,7 +105,8 @@ def suit(params: Params, minutes: float | None, last: Recommended, fixed: Mappin
         sample = Path(folder, "pretrain-000000.tar")
         largest = recipe.KEPT_SIDE * max(recipe.SIZES[device])
         images = survey.look(accepted, manifest.root(params.ingest), fixed.get("shard.max_side", largest), sample)
-        task = recipe.Task(images, device, minutes, fixed, params.model.weights is not None)
+        m = params.model
+        task = recipe.Task(images, device, minutes, fixed, m.weights is not None, m.projector[-1])
         facts = {"images": asdict(images), "hardware": speed.hardware(params), "minutes": minutes}
         print(f"{images}; {facts['hardware']}; {minutes:g} minutes of pretraining (--minutes)", flush=True)
         same = (last.source, last.facts) == (params.ingest.source, facts)

@@ -24,6 +24,12 @@ def values(task, network=NETWORK, seconds=0.006):
     return {key: value for key, (value, _) in recipe.settings(task, network, seconds).items()}
 
 
+def test_both_terms_of_the_loss_keep_their_weights_at_any_embedding():
+    small, large = (values(replace(TASK, dim=dim))["pretrain.lambd"] for dim in (512, 8192))
+    assert small == 0.03
+    assert large * 8192 == pytest.approx(small * 512, rel=0.01)
+
+
 def test_the_settings_for_the_drawn_set_are_those_of_params_yaml(shipped):
     """`barlow recommend` takes what differs from them for the user's own choice."""
     for key, value in recipe.SYNTHETIC.items():

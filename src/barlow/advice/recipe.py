@@ -40,7 +40,7 @@ ADAMW_RATE, ADAMW_BATCH = 0.001, 64  # used at that batch size; at others in pro
 STARTED = 0.1  # times these rates where training goes on from given weights, so that they are not forgotten
 WEIGHT_DECAY = {"adamw": 1e-4}  # others: 1e-6
 CROP_AREA = [0.5, 1.0]  # the paper has 0.08; smaller crops need more steps (benchmarks/RESULTS.md)
-LAMBD = 0.002
+LAMBD, DIM = 0.03, 512  # at that size of the embedding; the loss sums D^2 terms of lambda and D others
 SATURATION, HUE, GRAYSCALE = 0.2, 0.1, 0.2  # of colour images
 BLUR_SIGMA = 1.0  # px, the largest at 32 px; it grows with the size, up to the next line
 MAX_BLUR_SIGMA = 2.0  # px, the paper's, at 224 px
@@ -84,6 +84,7 @@ class Task:
     minutes: float  # of pretraining
     fixed: Mapping[str, Any]  # the settings that the user has chosen, by dotted key
     started: bool = False  # from given weights, not from random ones
+    dim: int = DIM  # of the embedding that the loss sees
 
     @property
     def batch(self) -> int:
@@ -197,7 +198,8 @@ def settings(task: Task, network: Network, seconds: float) -> Advice:
     epochs = decide("pretrain.epochs", fitting, why)
     warmup = round(min(WARMUP * epochs, MAX_WARMUP), 2)
     decide("pretrain.warmup_epochs", warmup, f"{100 * WARMUP:g} % of the epochs, at most {MAX_WARMUP}")
-    decide("pretrain.lambd", LAMBD, "as on the drawn set, where twice or half of it hardly matters")
+    why = f"better than 0.002 on photographs, with an embedding of {DIM}; larger ones need less"
+    decide("pretrain.lambd", round(LAMBD * DIM / task.dim, 5), why)
     own = any(key in task.fixed for key in RATES)  # a rate that was chosen for LARS is far too high for AdamW
     why = "as your learning rates are" if own else "in short runs on photographs its encoders are better than LARS's"
     optimizer = decide("pretrain.optimizer", "lars" if own else "adamw", why)
