@@ -53,7 +53,7 @@ def open_image(data: bytes, max_pixels: int | None = None, formats: tuple[str, .
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a constant, would overrule `max_pixels`
     Image.init()  # so that no thread goes on before all formats are known
-    with _reasons():
+    with reasons():
         try:
             # Pillow opens MPO, many JPEGs in one file, as JPEG, and has no plugin of that name.
             image = Image.open(io.BytesIO(data), formats=[name for name in formats if name != "MPO"])
@@ -88,15 +88,15 @@ def to_rgb(image: Image.Image) -> Pixels:
     Raises:
         ValueError: Pillow cannot convert the image's mode, or nothing says how to scale its values.
     """
-    with _reasons():
+    with reasons():
         turn = TURNS.get(orientation(image))
         image = image if turn is None else image.transpose(turn)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = Image.fromarray(_to_8_bits(image))
+            image = Image.fromarray(to_8_bits(image))
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _to_8_bits(image: Image.Image) -> Pixels:
+def to_8_bits(image: Image.Image) -> Pixels:
     """Scale the values of a grey image (height, width) to 0 to 255.
 
     16-bit values are divided by 257, however dark. Modes I (32 bits) and F (float) do not say which value is white: F
@@ -165,7 +165,7 @@ def salvage(data: bytes) -> Pixels:
 
 
 @contextmanager
-def _reasons() -> Iterator[None]:
+def reasons() -> Iterator[None]:
     """Turn any error of Pillow (OSError, SyntaxError, struct.error, ...) into a ValueError of one line."""
     try:
         yield
