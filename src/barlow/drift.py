@@ -26,6 +26,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from barlow.core import files
+from barlow.core.bands import PixelFormat
 from barlow.core.errors import UserError
 from barlow.encoder.encoder import Encoder, Pixels, Vectors, unit
 from barlow.encoder.reading import find, read_ahead
@@ -57,7 +58,7 @@ def run(params: Params, recent: str | None = None) -> None:
     reference = _sample(_read_reference(version, encoder.dim), p.max_images, rng)
     path, skipped = Path(recent).expanduser(), list[str]()
     if path.is_dir():
-        embeddings = encoder.embed(_decoded(newest(path, p.max_images), skipped))
+        embeddings = encoder.embed(_decoded(newest(path, p.max_images), skipped, encoder.form))
     else:
         embeddings = _sample(_read_parquet(path, encoder, version), p.max_images, rng)
 
@@ -95,9 +96,9 @@ def newest(folder: Path, most: int) -> list[str]:
     return [path for _, path in sorted(changed, reverse=True)[:most]]
 
 
-def _decoded(paths: list[str], skipped: list[str]) -> Iterator[Pixels]:
+def _decoded(paths: list[str], skipped: list[str], form: PixelFormat) -> Iterator[Pixels]:
     """Yield the images that can be decoded; add the other paths, with the reason, to `skipped`."""
-    for path, image in read_ahead(paths, files.cpus()):
+    for path, image in read_ahead(paths, files.cpus(), form):
         if isinstance(image, str):
             skipped.append(_text(f"{path}: {image}"))
         else:

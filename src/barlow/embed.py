@@ -39,7 +39,7 @@ def run(paths: Sequence[Path | str], out: Path | str, model: Path | str = files.
 
     def decoded() -> Iterator[Pixels]:
         nonlocal failed
-        for path, image in read_ahead(find(paths), threads=files.cpus()):
+        for path, image in read_ahead(find(paths), threads=files.cpus(), form=encoder.form):
             if isinstance(image, str):
                 failed += 1
                 print(f"barlow embed: {path}: {image}", file=sys.stderr)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from barlow.core import files, images, webdataset
+from barlow.core import bands, files, webdataset
+from barlow.core.bands import PixelFormat
 from barlow.core.errors import UserError
 from barlow.core.progress import shown
 from barlow.evaluation import features
@@ -50,7 +51,8 @@ def run(params: Params) -> None:
         networks["random"] = model.FrozenEncoder(params.model, params.views).to(device)
         features.whiten(networks["random"], device)
         side = min(params.views.size, PIXELS)
-        features.save("pixels", {split: pixels(split, side) for split in SPLITS})
+        form = PixelFormat(params.model.channels, params.model.bits)
+        features.save("pixels", {split: pixels(split, side, form) for split in SPLITS})
     for name, (weights, key) in given(params).items():
         networks[name] = model.FrozenEncoder(params.model, params.views)
         print(matching.load(weights, key, params, networks[name].backbone).text)
@@ -112,14 +114,22 @@ def health(encoder: model.FrozenEncoder, params: Params, device: torch.device) -
     }
 
 
-def pixels(split: str, side: int) -> Split:
-    """Return images, shrunk to `side` squared, as features: uint8 (n, 3 * side * side)."""
+def pixels(split: str, side: int, form: PixelFormat = bands.RGB) -> Split:
+    """Return images, shrunk to `side` squared, as features: (n, channels * side * side), uint8, or float32 of 16 bits.
+
+    Both are on the scale from 0 to 255.
+    """
 
     def shrunk(data: bytes) -> Tensor:
-        image = torch.tensor(images.decode(data))[None].permute(0, 3, 1, 2).float()
+        image = torch.tensor(bands.unpack(data))[None].permute(0, 3, 1, 2).float()
         resized = functional.interpolate(image, (side, side), mode="bilinear", antialias=True)
+        if form.bits == 16:
+            return (resized * (255 / form.white)).flatten(1)
         return resized.round().clamp(0, 255).to(torch.uint8).flatten(1)
 
     return features.through(
-        shown(images_of(split), f"pixels, {split}"), shrunk, lambda parts: torch.cat(list(parts)), 3 * side**2
+        shown(images_of(split), f"pixels, {split}"),
+        shrunk,
+        lambda parts: torch.cat(list(parts)),
+        form.channels * side**2,
     )

@@ -12,16 +12,17 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from barlow.core import files, images, webdataset
+from barlow.core.bands import PixelFormat, Pixels, decode, preview, unpack
 from barlow.core.errors import UserError
-from barlow.core.images import decode
 from barlow.core.walk import read
 from barlow.encoder import search
-from barlow.encoder.encoder import MAX_PIXELS, Encoder, Pixels, unit
+from barlow.encoder.encoder import MAX_PIXELS, Encoder, unit
 from barlow.encoder.reading import find
 from barlow.encoder.search import Item
 
@@ -50,12 +51,13 @@ def run(
         return
     paths = paths or _paths_of_newest(Path(out))
     items, samples = (_from_paths(paths), None) if paths else _from_shards()
+    decode_item = partial(_decode, form=encoder.form if paths else None)
     thumbnails, first = list[Item](), list[Item]()
 
     def decoded() -> Iterator[Pixels]:
         with ThreadPoolExecutor(files.cpus()) as pool:
             while chunk := list(itertools.islice(items, AHEAD * files.cpus())):
-                for item, image in zip(chunk, pool.map(_decode, chunk), strict=True):
+                for item, image in zip(chunk, pool.map(decode_item, chunk), strict=True):
                     if isinstance(image, str):
                         print(f"barlow index: {item.name}: {image}", file=sys.stderr)
                         continue
@@ -120,15 +122,17 @@ def _from_shards() -> tuple[Iterator[Item], list[Item]]:
     rounds: dict[int, int] = {}
     chosen: list[tuple[int, webdataset.Sample]] = []
     for sample in itertools.islice(webdataset.read(webdataset.tars("test")), 1000):
+        if sample.extension == "npy":  # not a file that could be sent to the service
+            break
         rounds[sample.label] = rounds.get(sample.label, -1) + 1
         chosen.append((rounds[sample.label], sample))
     return training(), [item(sample) for _, sample in sorted(chosen, key=lambda pair: pair[0])[:SAMPLES]]
 
 
-def _decode(item: Item) -> tuple[Pixels, bytes] | str:
-    """Return the image's pixels and its thumbnail, or the reason why it cannot be decoded."""
+def _decode(item: Item, form: PixelFormat | None) -> tuple[Pixels, bytes] | str:
+    """Return the image's pixels and its thumbnail, or the reason why it cannot be decoded; no `form`: of a shard."""
     try:
-        pixels = decode(item.image, MAX_PIXELS)
+        pixels = decode(item.image, form, MAX_PIXELS) if form else unpack(item.image)
     except ValueError as error:
         return str(error)
-    return pixels, images.jpeg(pixels, THUMBNAIL)
+    return pixels, images.jpeg(preview(pixels), THUMBNAIL)

@@ -14,7 +14,9 @@ from contextlib import closing
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from barlow.core.errors import Interrupted
+from barlow.core.bands import PixelFormat
+from barlow.core.errors import Interrupted, UserError
+from barlow.core.tiff import MISMATCH
 from barlow.data import cache, facts, manifest, overview, sources
 from barlow.data.facts import FACTS
 from barlow.settings.params import Ingest, Params
@@ -28,15 +30,16 @@ def run(params: Params) -> None:
         Interrupted: SIGTERM or SIGINT came.
     """
     sources.require_platform()
-    p = params.ingest
+    p, form = params.ingest, PixelFormat(params.model.channels, params.model.bits)
     sources.prepare(p)
     listing, notes = sources.find(p)
     for note in notes:
         print(f"{p.source}: {note}")
 
-    cached = listing.join(cache.read(p), cache.KEY, join_type="inner")
+    cached = listing.join(cache.read(p, form), cache.KEY, join_type="inner")
     new = listing.join(cached.select(cache.KEY), cache.KEY, join_type="left anti").sort_by("path")
-    table = pa.concat_tables([cached, _read(new, cached, p)])
+    table = pa.concat_tables([cached, _read(new, cached, p, form)])
+    _check_channels(table, p)
     table = _set(table, "label", _labels(table, p))
     table = _set(table, "split", _splits(table, p))
     manifest.write(table)
@@ -51,7 +54,7 @@ def run(params: Params) -> None:
         print(f"{failed} could not be decoded; `barlow validate` puts them in quarantine")
 
 
-def _read(new: pa.Table, cached: pa.Table, p: Ingest) -> pa.Table:
+def _read(new: pa.Table, cached: pa.Table, p: Ingest, form: PixelFormat) -> pa.Table:
     """Read the new files and return them with their facts; write the cache, even when interrupted.
 
     Raises:
@@ -60,7 +63,7 @@ def _read(new: pa.Table, cached: pa.Table, p: Ingest) -> pa.Table:
     batches: list[pa.RecordBatch] = []
     on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
     try:
-        with closing(facts.read_all(manifest.root(p), new["path"].to_pylist(), p.max_pixels)) as reading:
+        with closing(facts.read_all(manifest.root(p), new["path"].to_pylist(), p.max_pixels, form)) as reading:
             for batch in reading:
                 batches.append(batch)
     except KeyboardInterrupt:
@@ -72,8 +75,17 @@ def _read(new: pa.Table, cached: pa.Table, p: Ingest) -> pa.Table:
         rows = new.slice(0, read.num_rows)
         for name in FACTS.names:
             rows = rows.append_column(FACTS.field(name), read[name])
-        cache.write(pa.concat_tables([cached.select(rows.column_names), rows]), p)
+        cache.write(pa.concat_tables([cached.select(rows.column_names), rows]), p, form)
     return rows.select(cached.column_names)
+
+
+def _check_channels(table: pa.Table, p: Ingest) -> None:
+    """Raise UserError if there are images, and none has `model.channels`."""
+    other = table.filter(pc.fill_null(pc.match_substring(table["error"], MISMATCH), False))
+    if other.num_rows and not pc.any(pc.is_null(table["error"])).as_py():
+        first = other.slice(0, 1).to_pylist()[0]
+        text = f"no image of ingest.source={p.source} can be used: {first['path']} has {first['error']}"
+        raise UserError(f"{text}; set model.channels to what the images have")
 
 
 def _set(table: pa.Table, name: str, values: pa.Array) -> pa.Table:

@@ -223,7 +223,7 @@ tags: [barlow-twins, self-supervised]
 # An image {kind}, embedding space {card["space"]}
 
 Made on {card["created"]} by barlow {card["version"]}, git revision {card.get("git_revision", "unknown")}. Input
-`images` is uint8 [batch, height, width, 3] of any size; output `embedding` is float32 [batch, {card["dim"]}]. {classes}
+`images` is uint{card.get("bits", "8")} [batch, height, width, {card.get("channels", "3")}] of any size; output `embedding` is float32 [batch, {card["dim"]}]. {classes}
 Embeddings of another space cannot be compared with these: after a change of {kind}, embed your images again.
 
 ## Data

@@ -94,6 +94,7 @@ def suit(params: Params, minutes: float | None, last: Recommended, fixed: Mappin
     """Look at the images, measure training steps, and write the settings that follow."""
     # Here, since `make repro` always runs this command, mostly needs none of them, and torch takes seconds to load.
     from barlow.advice import speed, survey
+    from barlow.core.bands import PixelFormat
     from barlow.data import manifest
     from barlow.experiments import grid, runs
 
@@ -103,9 +104,10 @@ def suit(params: Params, minutes: float | None, last: Recommended, fixed: Mappin
     minutes = minutes or last.minutes or recipe.MINUTES[device]
     with TemporaryDirectory(prefix=".sample-", dir=files.ACCEPTED.parent) as folder:
         sample = Path(folder, "pretrain-000000.tar")
-        largest = recipe.KEPT_SIDE * max(recipe.SIZES[device])
-        images = survey.look(accepted, manifest.root(params.ingest), fixed.get("shard.max_side", largest), sample)
         m = params.model
+        form = PixelFormat(m.channels, m.bits)
+        largest = recipe.KEPT_SIDE * max(recipe.SIZES[device])
+        images = survey.look(accepted, manifest.root(params.ingest), fixed.get("shard.max_side", largest), sample, form)
         task = recipe.Task(images, device, minutes, fixed, m.weights is not None, m.projector[-1])
         facts = {"images": asdict(images), "hardware": speed.hardware(params), "minutes": minutes}
         print(f"{images}; {facts['hardware']}; {minutes:g} minutes of pretraining (--minutes)", flush=True)

@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 import yaml
 
-from barlow.core import files, images, provenance, webdataset
+from barlow.core import bands, files, provenance, webdataset
 from barlow.core.errors import UserError
 from barlow.core.weights import load_metadata, load_weights
 from barlow.data import manifest, sources, validation
@@ -115,7 +115,7 @@ def triples(params: Params) -> Iterator[dict[str, str]]:
     tars = webdataset.tars("pretrain")
     pairs = views.pairs(tars, params.views, params.report.images, params.pretrain.seed)
     for sample, view_a, view_b in zip(webdataset.read(tars), *pairs, strict=False):
-        shown = {"image": images.decode(sample.data), "view A": view_a, "view B": view_b}
+        shown = {"image": bands.preview(bands.unpack(sample.data)), "view A": view_a, "view B": view_b}
         yield {name: pictures.thumbnail(pixels) for name, pixels in shown.items()}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from barlow.core import files
+from barlow.core.bands import PixelFormat
 from barlow.data import cache, manifest, sources
 from barlow.settings.params import Params
 from barlow.transfer import places
@@ -53,7 +54,7 @@ def run(params: Params) -> None:
         fingerprint |= {"files": listing.num_rows, "bytes": pc.sum(listing["bytes"]).as_py() or 0}
         fingerprint |= {"listing_sha256": digest.hexdigest()}
         replaced = before.get("replaced", {}) if before.get("source") == p.source else {}
-        replaced |= cache.replaced(listing, p)
+        replaced |= cache.replaced(listing, p, PixelFormat(params.model.channels, params.model.bits))
         paths = set(listing["path"].to_pylist())
         if replaced := {path: digest for path, digest in replaced.items() if path in paths}:
             fingerprint["replaced"] = replaced

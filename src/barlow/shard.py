@@ -3,6 +3,8 @@
 Reads data/accepted.parquet and the images. Writes data/shards/{pretrain,train,val,test}-NNNNNN.tar, an .idx and a .npy
 beside each, and classes.json. `pretrain` also holds the images of `train`, without their labels.
 
+Images that are not 8-bit RGB (`model.channels`, `model.bits`) are packed as arrays, in NumPy's .npy format.
+
 Training decodes with DALI, everything else with Pillow, and they must see the same picture. So DALI decodes each file
 once, here. A file that DALI decodes to other pixels than Pillow, or not at all, is packed as a PNG of Pillow's pixels.
 """
@@ -22,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from barlow.core import dali, files, images, webdataset
+from barlow.core import bands, dali, files, images, webdataset
+from barlow.core.bands import RGB, PixelFormat
 from barlow.core.errors import UserError
 from barlow.core.progress import Progress
 from barlow.data import manifest
@@ -54,6 +57,7 @@ def run(params: Params) -> None:
         UserError: there is nothing to pretrain on, or an image is gone or has changed since ingest.
     """
     sources, classes = read_sources()
+    form = PixelFormat(params.model.channels, params.model.bits)
     root = manifest.root(params.ingest)
     tars = plan(sources, params.shard.seed, params.shard.max_bytes)
     if not any(name.startswith("pretrain") for name in tars):
@@ -66,7 +70,7 @@ def run(params: Params) -> None:
     folder.mkdir(parents=True)
     try:
         files.write_json(folder / webdataset.CLASSES_FILE, classes)
-        anew = pack_all({folder / name: chunk for name, chunk in tars.items()}, root, params.shard.max_side)
+        anew = pack_all({folder / name: chunk for name, chunk in tars.items()}, root, params.shard.max_side, form)
         shutil.rmtree(files.SHARDS, ignore_errors=True)
         folder.rename(files.SHARDS)
     finally:
@@ -117,7 +121,7 @@ def _cut(sources: list[Source], max_bytes: int) -> Iterator[list[Source]]:
         yield chunk
 
 
-def pack_all(tars: dict[Path, list[Source]], root: Path, max_side: int | None) -> list[str]:
+def pack_all(tars: dict[Path, list[Source]], root: Path, max_side: int | None, form: PixelFormat = RGB) -> list[str]:
     """Write all tars, in one process per CPU, and return the sorted paths of the files that DALI made write anew.
 
     The number of processes does not change the tars' bytes.
@@ -133,7 +137,7 @@ def pack_all(tars: dict[Path, list[Source]], root: Path, max_side: int | None) -
         jobs = {}
         for path, chunk in tars.items():
             processes = ceil(files.cpus() * len(chunk) / total)  # by the tar's share of the work
-            jobs[pool.submit(pack, path, chunk, root, max_side, processes)] = len(chunk)
+            jobs[pool.submit(pack, path, chunk, root, max_side, processes, form)] = len(chunk)
         try:
             for job in as_completed(jobs):
                 anew.update(job.result())
@@ -143,9 +147,14 @@ def pack_all(tars: dict[Path, list[Source]], root: Path, max_side: int | None) -
     return sorted(anew)
 
 
-def pack(path: Path, sources: list[Source], root: Path, max_side: int | None, processes: int = 1) -> list[str]:
+def pack(
+    path: Path, sources: list[Source], root: Path, max_side: int | None, processes: int = 1, form: PixelFormat = RGB
+) -> list[str]:
     """Write one tar, with a number of DALI's processes, and return the paths of the files that DALI made write anew."""
     anew: list[str] = []
+    if form != RGB:
+        webdataset.write(path, (array(source, root, max_side, form) for source in sources))
+        return anew
     with ExitStack() as stack:
         # The pool's processes have no threads, so they may fork.
         decoders = [stack.enter_context(dali.Decoder(fork=True)) for _ in range(processes)]
@@ -193,6 +202,15 @@ def sample(source: Source, data: bytes, seen: dali.Decoded | None, max_side: int
         (height, width), extension = pixels.shape[:2], "png"
         data = images.encode(Image.fromarray(pixels), "PNG")
     return webdataset.Sample(source.sha256[:24], data, extension, source.label, height, width)
+
+
+def array(source: Source, root: Path, max_side: int | None, form: PixelFormat) -> webdataset.Sample:
+    """Return an image that is not 8-bit RGB as it is packed; raises UserError if the file is gone or has changed."""
+    pixels = bands.decode(_read(root / source.path, source.sha256), form, formats=images.INGESTED)
+    if max_side is not None:
+        pixels = bands.shrunk(pixels, max_side)
+    height, width = pixels.shape[:2]
+    return webdataset.Sample(source.sha256[:24], bands.pack(pixels), "npy", source.label, height, width)
 
 
 def _may_stay(source: Source) -> bool:

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from barlow.advice.recipe import Images
-from barlow.core import images, webdataset
+from barlow.core import bands, images, webdataset
+from barlow.core.bands import RGB, PixelFormat
 from barlow.core.errors import UserError
 
 GREY_MODES = {"1", "L", "LA", "I", "F", "I;16", "I;16B"}
@@ -22,7 +23,7 @@ GREY = 0.98  # share of grey images in a sample, from which the set is grey
 QUALITY = 95  # of JPEG, as `barlow shard` writes it
 
 
-def look(accepted: pa.Table, root: Path, max_side: int | None, shard: Path) -> Images:
+def look(accepted: pa.Table, root: Path, max_side: int | None, shard: Path, form: PixelFormat = RGB) -> Images:
     """Return the facts about the images to pretrain on, and pack a sample of them as one shard.
 
     The sample is shrunk as `shard.max_side` would.
@@ -46,21 +47,26 @@ def look(accepted: pa.Table, root: Path, max_side: int | None, shard: Path) -> I
     paths = rows["path"].take(np.sort(drawn)).to_pylist()
     samples, greys = [], 0
     for number, path in enumerate(paths):
-        sample, tint = _sample(root / path, max_side, f"{number:024x}")
+        sample, tint = _sample(root / path, max_side, f"{number:024x}", form)
         samples.append(sample)
         greys += tint <= TINT
     webdataset.write(shard, samples)
     coloured = set(rows["mode"].to_pylist()) - GREY_MODES
-    grey = not coloured or greys >= GREY * n
+    grey = form.channels != 3 or not coloured or greys >= GREY * n
     return Images(rows.num_rows, int(np.median(sides[0])), int(np.quantile(sides[1], 0.9)), grey, _labelled(accepted))
 
 
-def _sample(path: Path, max_side: int | None, key: str) -> tuple[webdataset.Sample, float]:
-    """Return an image as JPEG, and how coloured it is: the mean over its pixels of largest less smallest channel."""
+def _sample(path: Path, max_side: int | None, key: str, form: PixelFormat) -> tuple[webdataset.Sample, float]:
+    """Return an image as JPEG, or as an array if it is not 8-bit RGB; and how coloured it is: the mean over its pixels of largest less smallest channel."""
     try:
-        pixels = images.decode(path.read_bytes(), formats=images.INGESTED)
+        pixels = bands.decode(path.read_bytes(), form, formats=images.INGESTED)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read any more ({error}); run `barlow ingest` again") from None
+    if form != RGB:
+        pixels = pixels if max_side is None else bands.shrunk(pixels, max_side)
+        height, width = pixels.shape[:2]
+        tint = float(np.ptp(bands.preview(pixels).astype(np.int16), axis=2).mean())
+        return webdataset.Sample(key, bands.pack(pixels), "npy", -1, height, width), tint
     image = Image.fromarray(pixels)
     if max_side is not None:
         image.thumbnail((max_side, max_side))

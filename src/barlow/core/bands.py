@@ -149,10 +149,10 @@ def unpack(data: Any) -> Pixels:
     return pixels
 
 
-def form_of(data: Any) -> PixelFormat | None:
-    """Return the format of an image in a shard that is an array; None if it is a file, which DALI decodes to RGB."""
+def form_of(data: Any) -> PixelFormat:
+    """Return the format of an image in a shard."""
     if bytes(data[:6]) != NPY:
-        return None
+        return RGB
     pixels = unpack(data)
     return PixelFormat(pixels.shape[2], 8 * pixels.dtype.itemsize)
 
@@ -167,14 +167,19 @@ def shrunk(pixels: Pixels, max_side: int) -> Pixels:
     return small.round().clip(0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
 
 
+def resized(pixels: Pixels, width: int, height: int) -> Pixels:
+    """Return an image of another size: of 8-bit RGB by Pillow's cubic filter, else of the nearest pixels."""
+    if pixels.shape[2] == 3 and pixels.dtype == np.uint8:
+        return np.asarray(Image.fromarray(pixels).resize((width, height)))
+    rows, columns = (np.arange(n) * old // n for n, old in zip((height, width), pixels.shape[:2], strict=True))
+    return pixels[rows[:, None], columns]
+
+
 def preview(pixels: Pixels) -> images.Pixels:
-    """Return uint8 (height, width, 3) to look at: the first three channels, or the first one as grey."""
+    """Return uint8 (..., height, width, 3) to look at: the first three channels, or the first one as grey."""
     eight = scaled(pixels, 8)
-    return (
-        eight
-        if eight.shape[2] == 3
-        else np.ascontiguousarray(eight[:, :, [0, 1, 2] if eight.shape[2] > 3 else [0] * 3])
-    )
+    channels = eight.shape[-1]
+    return eight if channels == 3 else np.ascontiguousarray(eight[..., [0, 1, 2] if channels > 3 else [0, 0, 0]])
 
 
 def noise(n: int, side: int, form: PixelFormat) -> Pixels:

@@ -24,6 +24,7 @@ PREDICTOR, TILE_WIDTH, PLANAR, SAMPLE_FORMAT = 317, 322, 284, 339
 PARTS = ((273, 279), (324, 325))  # offsets and sizes of the strips, and of the tiles
 KEPT = (WIDTH, HEIGHT, COMPRESSION, 266, 278, PREDICTOR, TILE_WIDTH, 323, *PARTS[0], *PARTS[1])  # tags for Pillow
 PREDICTED = (5, 8, 32946, 34925, 50000)  # LZW, deflate (two numbers), LZMA and zstd may store differences
+MISMATCH = "where model.channels="  # in the error of `check_channels`
 COMPRESSIONS = (1, 32773, *PREDICTED)  # none and PackBits besides; JPEG would mix the channels
 
 
@@ -138,4 +139,4 @@ def _read_grey(data: bytes, tags: dict[int, Any]) -> Pixels:
 def check_channels(found: int, wanted: int) -> None:
     """Raise ValueError if an image has another number of channels than wanted."""
     if found != wanted:
-        raise ValueError(f"{found} channel{'s' * (found > 1)} where model.channels={wanted} is expected")
+        raise ValueError(f"{found} channel{'s' * (found > 1)} {MISMATCH}{wanted} is expected")

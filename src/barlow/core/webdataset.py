@@ -17,16 +17,16 @@ import os
 import struct
 import tarfile
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from barlow.core import files
+from barlow.core import bands, files
 from barlow.core.errors import UserError
 
-EXTENSIONS = ("jpg", "png", "webp")  # of images, which DALI decodes to the pixels of `images.decode`
+EXTENSIONS = ("jpg", "png", "webp", "npy")  # DALI decodes all but npy, to the pixels of `images.decode`
 CLASSES_FILE = "classes.json"
 VERSION = "v1.2"
 OPEN_TARS = 256  # mapped at a time, at most
@@ -127,6 +127,16 @@ class Samples:
             UserError: a tar is shorter than its index says.
         """
         return [np.frombuffer(self._mapped(tar), np.uint8, size, offset) for tar, offset, size in self._places(numbers)]
+
+    @cached_property
+    def form(self) -> bands.PixelFormat:
+        """The channels and bits of all images, which are those of the first."""
+        return bands.form_of(self.read(np.arange(1))[0]) if len(self) else bands.RGB
+
+    def stored(self, numbers: Indices) -> list[Any]:
+        """Return images as DALI takes them: files as `read` does, or arrays (height, width, channels)."""
+        read = self.read(numbers)
+        return read if self.form == bands.RGB else [bands.unpack(data) for data in read]
 
     def labels(self) -> Indices:
         """Return the label of every image, int64 (len(),); -1 for none."""

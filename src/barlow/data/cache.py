@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from barlow.core import files, images
+from barlow.core import bands, files, images, tiff
+from barlow.core.bands import RGB, PixelFormat
 from barlow.data import facts, manifest, sources
 from barlow.data.facts import FACTS
 from barlow.settings.params import Ingest
@@ -20,7 +21,7 @@ PATH = Path("data/.ingest.parquet")
 KEY = ["path", "bytes", "mtime_ns", "ctime_ns", "inode"]
 
 
-def read(p: Ingest) -> pa.Table:
+def read(p: Ingest, form: PixelFormat = RGB) -> pa.Table:
     """Return the FACTS of earlier runs with their KEY columns; none if the cache is missing, damaged or outdated."""
     empty = pa.schema([*(sources.LISTING.field(name) for name in KEY), *FACTS]).empty_table()
     if not PATH.exists():
@@ -30,25 +31,25 @@ def read(p: Ingest) -> pa.Table:
     except (OSError, pa.ArrowException):
         print(f"{PATH} is damaged, so every image is read again")
         return empty
-    if (table.schema.metadata or {}).get(b"barlow") != _version(p) or not table.schema.equals(empty.schema):
+    if (table.schema.metadata or {}).get(b"barlow") != _version(p, form) or not table.schema.equals(empty.schema):
         return empty
     return table
 
 
-def write(table: pa.Table, p: Ingest) -> None:
+def write(table: pa.Table, p: Ingest, form: PixelFormat = RGB) -> None:
     """Write the facts of the files that could be read, whether or not they could be decoded."""
     table = table.filter(table["sha256"].is_valid()).select([*KEY, *FACTS.names])
     with files.replacing(PATH) as temporary:
-        pq.write_table(table.replace_schema_metadata({b"barlow": _version(p)}), temporary)
+        pq.write_table(table.replace_schema_metadata({b"barlow": _version(p, form)}), temporary)
 
 
-def replaced(listing: pa.Table, p: Ingest) -> dict[str, str]:
+def replaced(listing: pa.Table, p: Ingest, form: PixelFormat = RGB) -> dict[str, str]:
     """Return the SHA-256 by path of the files that others of the same size and time have replaced since ingest.
 
     A file with another inode or change time is suspect, but a copy of the folder or a new owner changes these as well.
     So the content of suspects is compared. Where it is the same, the cache takes the new inode and time.
     """
-    cached = read(p)
+    cached = read(p, form)
     before = cached.select([*KEY, "sha256"])
     both = listing.select(KEY).join(before, KEY[:3], join_type="inner", right_suffix="_before")
     other = pc.or_(*(pc.not_equal(both[name], both[f"{name}_before"]) for name in KEY[3:]))
@@ -74,11 +75,11 @@ def replaced(listing: pa.Table, p: Ingest) -> dict[str, str]:
             cached = cached.set_column(
                 index, cached.schema.field(name), [pa.array(values, cached.schema.field(name).type)]
             )
-        write(cached, p)
+        write(cached, p, form)
     return changed
 
 
-def _version(p: Ingest) -> bytes:
-    """Return what a file's facts depend on besides the file: its folder, ingest.max_pixels and the code."""
-    code = [files.sha256(module) for module in (facts.__file__, images.__file__)]
-    return json.dumps([str(manifest.root(p).resolve()), p.max_pixels, PIL.__version__, *code]).encode()
+def _version(p: Ingest, form: PixelFormat) -> bytes:
+    """Return what a file's facts depend on besides the file: its folder, some settings and the code."""
+    code = [files.sha256(module) for module in (facts.__file__, images.__file__, bands.__file__, tiff.__file__)]
+    return json.dumps([str(manifest.root(p).resolve()), p.max_pixels, *form, PIL.__version__, *code]).encode()

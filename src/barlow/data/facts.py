@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from barlow.core import files, images
+from barlow.core import bands, files, images
+from barlow.core.bands import RGB, PixelFormat
 from barlow.core.errors import UserError
 from barlow.core.progress import Progress
 from barlow.data import manifest
@@ -34,14 +35,16 @@ FACTS = pa.schema(
 CHUNK = 64  # files per task of a process
 
 
-def read_all(root: Path, paths: list[str], max_pixels: int) -> Generator[pa.RecordBatch, None, None]:
+def read_all(
+    root: Path, paths: list[str], max_pixels: int, form: PixelFormat = RGB
+) -> Generator[pa.RecordBatch, None, None]:
     """Yield the FACTS of files in order, one batch per chunk; all processors read. Shows progress.
 
     Raises:
         UserError: a process was killed, most likely for lack of memory.
     """
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    read = partial(read_chunk, root, max_pixels=max_pixels)
+    read = partial(read_chunk, root, max_pixels=max_pixels, form=form)
     with Progress("ingest", len(paths)) as progress:
         for chunk, batch in zip(chunks, _map(read, chunks), strict=True):
             progress.update(len(chunk))
@@ -75,18 +78,20 @@ def _follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def read_chunk(root: Path, paths: list[str], max_pixels: int) -> pa.RecordBatch:
+def read_chunk(root: Path, paths: list[str], max_pixels: int, form: PixelFormat = RGB) -> pa.RecordBatch:
     """Read and decode files; return their FACTS."""
-    return pa.RecordBatch.from_pylist([_read_image(root / path, max_pixels) for path in paths], FACTS)
+    return pa.RecordBatch.from_pylist([_read_image(root / path, max_pixels, form) for path in paths], FACTS)
 
 
-def _read_image(path: Path, max_pixels: int) -> dict[str, Any]:
+def _read_image(path: Path, max_pixels: int, form: PixelFormat) -> dict[str, Any]:
     """Return the FACTS of one file. Any failure becomes its `error`: short, and without the path."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             return {"error": "not a regular file"}
-        if status.st_size > 16_000_000 + 8 * max_pixels:  # of 16-bit RGBA: a film is not read into memory
+        if (
+            status.st_size > 16_000_000 + max(8, 2 * form.channels) * max_pixels
+        ):  # 16 bits, at least RGBA: a film is not read into memory
             return {
                 "sha256": files.sha256(path),
                 "error": f"{status.st_size} bytes, more than ingest.max_pixels can fill",
@@ -100,20 +105,30 @@ def _read_image(path: Path, max_pixels: int) -> dict[str, Any]:
     if not content:
         return facts | {"error": "empty file"}
     try:
-        image = images.open_image(content, max_pixels, images.INGESTED)
-        pixels = images.to_rgb(image)
-        histogram = np.array(Image.fromarray(pixels).convert("L").histogram())
+        image = bands.read(content, form, max_pixels, images.INGESTED)
+        histogram = _histogram(image.pixels)
     except Exception as error:  # a broken file can make a decoder raise anything
         return facts | {"error": " ".join(str(error).split())[:200] or type(error).__name__}
-    n, total, squares = (int((np.arange(256) ** power * histogram).sum()) for power in (0, 1, 2))
+    n, total, squares = (int((np.arange(len(histogram)) ** power * histogram).sum()) for power in (0, 1, 2))
+    white = len(histogram) - 1
     return facts | {
-        "greys": np.count_nonzero(histogram),
+        "greys": min(np.count_nonzero(histogram), 2**15 - 1),
         "width": image.width,
         "height": image.height,
         "mode": image.mode,
         "format": image.format,
-        "pixels": images.digest(pixels),
-        "brightness": round(total / n, 3),
-        "contrast": round(math.sqrt(n * squares - total**2) / n, 3),  # the integers under the root are exact
-        "orientation": images.orientation(image),
+        "pixels": images.digest(image.pixels),
+        "brightness": round(total / n * (255 / white), 3),
+        "contrast": round(
+            math.sqrt(n * squares - total**2) / n * (255 / white), 3
+        ),  # the integers under the root are exact
+        "orientation": image.orientation,
     }
+
+
+def _histogram(pixels: bands.Pixels) -> Any:
+    """Return how often each grey value occurs: of RGB as Pillow weighs it, else of the channels' mean."""
+    if pixels.shape[2] == 3 and pixels.dtype == np.uint8:
+        return np.array(Image.fromarray(pixels).convert("L").histogram())
+    grey = pixels.mean(axis=2, dtype=np.float32).round().astype(pixels.dtype)
+    return np.bincount(grey.ravel(), minlength=np.iinfo(pixels.dtype).max + 1)

@@ -14,10 +14,9 @@ import onnxruntime
 from PIL import Image
 
 from barlow.core import files
+from barlow.core.bands import PixelFormat, Pixels, decode, of_image
 from barlow.core.errors import UserError
-from barlow.core.images import decode, to_rgb
 
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3)
 Vectors = np.ndarray[Any, np.dtype[np.float32]]  # (n, dim) or (n, classes)
 Float = TypeVar("Float", np.float32, np.float64)
 
@@ -33,6 +32,7 @@ class Encoder:
         dim: length of an embedding.
         classes: names of the classes; None if no head was fitted.
         kind: "encoder", or "classifier" if the whole network was trained on labels.
+        form: channels and bits of the images that it takes.
         metadata: what `barlow export` wrote into the file: version, hashes, image size, embedding space.
     """
 
@@ -59,8 +59,14 @@ class Encoder:
         inputs = [(value.name, value.type, len(value.shape)) for value in self._session.get_inputs()]
         outputs = {value.name: value.shape[-1] for value in self._session.get_outputs()}
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-        if inputs != [("images", "tensor(uint8)", 4)] or "embedding" not in outputs or "space" not in self.metadata:
+        channels, bits = self.metadata.get("channels", "3"), self.metadata.get("bits", "8")
+        if (
+            inputs != [("images", f"tensor(uint{bits})", 4)]
+            or "embedding" not in outputs
+            or "space" not in self.metadata
+        ):
             raise UserError(f"{path} was not written by `barlow export` (inputs {inputs}, outputs {[*outputs]})")
+        self.form = PixelFormat(int(channels), int(bits))
         self.dim: int = outputs["embedding"]
         self.kind = self.metadata.get("kind", "encoder")
         self._large = onnxruntime.RunOptions()
@@ -68,7 +74,9 @@ class Encoder:
         self.classes: list[str] | None = json.loads(self.metadata["classes"]) if "logits" in outputs else None
 
     def embed(self, images: Iterable[Any], batch_size: int = 64) -> Vectors:
-        """Return the embeddings (n, dim) of uint8 arrays (height, width, 3) or (height, width), PIL images or paths.
+        """Return the embeddings (n, dim) of arrays (height, width, channels), PIL images or paths.
+
+        Arrays are uint8, or uint16 if `form` says so. With 1 or 3 channels they may be (height, width), which is grey.
 
         Raises:
             ValueError: an image is something else, or a file cannot be decoded.
@@ -85,7 +93,7 @@ class Encoder:
 
     def run(self, images: Iterable[Any], batch_size: int = 64) -> Iterator[tuple[Vectors, Vectors | None]]:
         """Yield (embeddings, logits) per batch, in order; one batch of images is in memory at a time."""
-        for batch in batches(map(_pixels, _several(images)), batch_size):
+        for batch in batches(map(self._pixels, self._several(images)), batch_size):
             by_shape = defaultdict(list)
             for row, image in enumerate(batch):
                 by_shape[image.shape].append(row)
@@ -100,33 +108,32 @@ class Encoder:
                     output[rows] = values
             yield embeddings, logits
 
+    def _several(self, images: Any) -> Iterable[Any]:
+        """Raise ValueError for a single image: its rows, or the letters of a path, would be taken for images."""
+        one = isinstance(images, (str, os.PathLike, Image.Image))
+        if one or (isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] == self.form.channels):
+            raise ValueError("one image where several are expected; write [image]")
+        return images  # type: ignore[no-any-return]
 
-def _several(images: Any) -> Iterable[Any]:
-    """Raise ValueError for a single image: its rows, or the letters of a path, would be taken for images."""
-    one = isinstance(images, (str, os.PathLike, Image.Image))
-    if one or (isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] == 3):
-        raise ValueError("one image where several are expected; write [image]")
-    return images  # type: ignore[no-any-return]
-
-
-def _pixels(image: Any) -> Pixels:
-    """Return one image as uint8 (height, width, 3)."""
-    if isinstance(image, (str, os.PathLike)):
-        try:
-            return decode(Path(image).read_bytes(), MAX_PIXELS)
-        except ValueError as error:
-            raise ValueError(f"{image}: {error}") from None
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size > 0:
-        if image.ndim == 2:
-            return np.repeat(image[:, :, None], 3, axis=2)
-        if image.ndim == 3 and image.shape[2] == 3:
-            return image
-    got = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-    raise ValueError(
-        f"an image must be a uint8 array (height, width, 3) or (height, width), a PIL image or a path; got {got}"
-    )
+    def _pixels(self, image: Any) -> Pixels:
+        """Return one image as `form` says: (height, width, channels)."""
+        if isinstance(image, (str, os.PathLike)):
+            try:
+                return decode(Path(image).read_bytes(), self.form, MAX_PIXELS)
+            except ValueError as error:
+                raise ValueError(f"{image}: {error}") from None
+        if isinstance(image, Image.Image):
+            return of_image(image, self.form)
+        channels, dtype = self.form.channels, self.form.dtype
+        if isinstance(image, np.ndarray) and image.dtype == dtype and image.size > 0:
+            if image.ndim == 2 and channels in (1, 3):
+                return np.repeat(image[:, :, None], channels, axis=2)
+            if image.ndim == 3 and image.shape[2] == channels:
+                return image
+        got = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        grey = " or (height, width)" if channels in (1, 3) else ""
+        text = f"a {dtype} array (height, width, {channels}){grey}, a PIL image or a path"
+        raise ValueError(f"an image must be {text}; got {got}")
 
 
 def batches(pixels: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:

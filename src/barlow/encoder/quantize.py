@@ -18,7 +18,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from barlow.core import images, webdataset
+from barlow.core import bands, webdataset
 from barlow.encoder.encoder import Pixels
 
 LINEAR = ("Conv", "MatMul", "Gemm")  # operators with weights
@@ -31,7 +31,7 @@ def int8(source: Path, target: Path, calibration_images: int) -> None:
     activations on `calibration_images` images, held-out ones first (Jacob et al., arXiv 1712.05877).
     """
     samples = webdataset.read(tar for split in ("val", "train", "pretrain") for tar in webdataset.tars(split))
-    pictures = (images.decode(sample.data) for sample in itertools.islice(samples, calibration_images))
+    pictures = (bands.unpack(sample.data) for sample in itertools.islice(samples, calibration_images))
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         # onnxruntime warns that the model should be prepared, although quant_pre_process does just that.

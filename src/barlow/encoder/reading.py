@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from barlow.core.images import decode
+from barlow.core.bands import RGB, PixelFormat, Pixels, decode
 from barlow.core.walk import LeftOut, read, walk
-from barlow.encoder.encoder import MAX_PIXELS, Pixels
+from barlow.encoder.encoder import MAX_PIXELS
 
 
 def find(paths: Iterable[Path | str]) -> Iterator[str]:
@@ -23,12 +23,12 @@ def find(paths: Iterable[Path | str]) -> Iterator[str]:
             yield os.fspath(path)
 
 
-def read_ahead(paths: Iterable[str], threads: int) -> Iterator[tuple[str, Pixels | str]]:
+def read_ahead(paths: Iterable[str], threads: int, form: PixelFormat = RGB) -> Iterator[tuple[str, Pixels | str]]:
     """Yield (path, pixels or the reason why there are none) in order; threads decode a few files ahead."""
     pending: deque[tuple[str, Future[Pixels | str]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for path in paths:
-            pending.append((path, pool.submit(_read, path)))
+            pending.append((path, pool.submit(_read, path, form)))
             if len(pending) > 2 * threads:
                 done, future = pending.popleft()
                 yield done, future.result()
@@ -36,9 +36,9 @@ def read_ahead(paths: Iterable[str], threads: int) -> Iterator[tuple[str, Pixels
             yield path, future.result()
 
 
-def _read(path: str) -> Pixels | str:
+def _read(path: str, form: PixelFormat) -> Pixels | str:
     try:
-        return decode(read(path), MAX_PIXELS)
+        return decode(read(path), form, MAX_PIXELS)
     except OSError as error:
         return error.strerror or str(error)
     except ValueError as error:

@@ -18,7 +18,7 @@ CONFIG = """\
 name: "encoder"
 platform: "onnxruntime_onnx"
 max_batch_size: {max_batch}
-input [ {{ name: "images" data_type: TYPE_UINT8 dims: [ -1, -1, 3 ] }} ]
+input [ {{ name: "images" data_type: TYPE_UINT{bits} dims: [ -1, -1, {channels} ] }} ]
 output [
   {outputs}
 ]
@@ -45,4 +45,8 @@ def write(onnx: Path, repository: Path) -> None:
     with files.replacing(repository / "encoder/1/model.onnx") as temporary:
         shutil.copyfile(onnx, temporary)
     with files.replacing(repository / "encoder/config.pbtxt") as temporary:
-        temporary.write_text(CONFIG.format(max_batch=MAX_BATCH, outputs=",\n  ".join(outputs), delay=QUEUE_DELAY))
+        temporary.write_text(
+            CONFIG.format(
+                max_batch=MAX_BATCH, outputs=",\n  ".join(outputs), delay=QUEUE_DELAY, **encoder.form._asdict()
+            )
+        )

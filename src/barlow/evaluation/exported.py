@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from barlow.core import images, webdataset
+from barlow.core import bands, webdataset
 from barlow.core.errors import GateError
 from barlow.encoder.encoder import Encoder, Pixels
 from barlow.evaluation import probe
@@ -63,4 +63,4 @@ def _embed(encoder: Encoder, samples: Iterator[webdataset.Sample]) -> tuple[Spli
         logits.extend(torch.from_numpy(values) for _, values in parts if values is not None)
         return torch.cat([torch.from_numpy(embeddings) for embeddings, _ in parts])
 
-    return through(samples, images.decode, vectors, encoder.dim), torch.cat(logits)
+    return through(samples, bands.unpack, vectors, encoder.dim), torch.cat(logits)

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from barlow.core import files, images, webdataset
+from barlow.core import bands, files, webdataset
 from barlow.core.weights import save_weights
 from barlow.evaluation import probe
 from barlow.training import distributed, model
@@ -57,7 +57,7 @@ def represent(encoder: model.FrozenEncoder, samples: Iterator[webdataset.Sample]
 
     def resized(data: bytes) -> Tensor:
         # On the CPU: the CUDA kernel fails where a side shrinks by more than 94 (pytorch/vision issue 7671).
-        return encoder.resize(torch.tensor(images.decode(data))[None])
+        return encoder.resize(torch.tensor(bands.unpack(data))[None])
 
     def vectors(pixels: Iterator[Tensor]) -> Tensor:
         with torch.inference_mode():

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
 
 from barlow import __version__
-from barlow.core import files, images, provenance, webdataset
+from barlow.core import bands, files, provenance, webdataset
 from barlow.core.errors import UserError
 from barlow.encoder.encoder import Encoder, Pixels, Vectors, batches
 from barlow.evaluation.figures import Parity, Speed
@@ -38,7 +37,7 @@ class Exported(nn.Module):
         self.head = nn.ParameterDict(head).requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Turn uint8 (batch, height, width, 3) into (embedding (batch, dim), and logits (batch, classes))."""
+        """Turn images (batch, height, width, channels) into (embedding (batch, dim), and logits (batch, classes))."""
         embedding = self.encoder(images)
         if not self.head:
             return (embedding,)
@@ -74,7 +73,8 @@ def replace(path: Path, network: Exported, metadata: dict[str, str], p: Export) 
 
 def write(network: Exported, metadata: dict[str, str], opset: int, path: Path) -> None:
     """Write the network as one ONNX file; the same weights and metadata give the same bytes."""
-    example = torch.zeros(2, network.encoder.size + 1, network.encoder.size + 3, 3, dtype=torch.uint8)
+    channels, dtype = network.encoder.form.channels, torch.uint8 if network.encoder.form.bits == 8 else torch.uint16
+    example = torch.zeros(2, network.encoder.size + 1, network.encoder.size + 3, channels, dtype=dtype)
     program = torch.onnx.export(
         network,
         (example,),
@@ -154,13 +154,13 @@ def _cosine(a: Vectors, b: Vectors) -> list[float]:
 
 
 def _resize(pictures: Sequence[Pixels], width: int, height: int) -> list[Pixels]:
-    return [np.asarray(Image.fromarray(picture).resize((width, height))) for picture in pictures]
+    return [bands.resized(picture, width, height) for picture in pictures]
 
 
 def _pictures(count: int) -> list[Pixels]:
     """Decode `count` images, those of the val split first, in the shards' order."""
     samples = webdataset.read(tar for split in ("val", "test", "train", "pretrain") for tar in webdataset.tars(split))
-    pictures = [images.decode(sample.data) for sample in itertools.islice(samples, count)]
+    pictures = [bands.unpack(sample.data) for sample in itertools.islice(samples, count)]
     if not pictures:
         raise UserError(f"{files.SHARDS} holds no images to compare on; run `barlow shard`")
     return pictures
@@ -183,6 +183,8 @@ def metadata(
         "data_hash": data,
         "params_hash": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
         "image_size": str(encoder.size),
+        "channels": str(encoder.form.channels),
+        "bits": str(encoder.form.bits),
         "dim": str(encoder.backbone.dim),
         "classes": json.dumps(classes, ensure_ascii=False),
         "space": embedding_space(encoder),

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from barlow.core import files, images, webdataset
+from barlow.core import bands, files, webdataset
 from barlow.core.errors import GateError
 from barlow.encoder.encoder import Encoder, Vectors
 from barlow.evaluation import features, intervals, probe
@@ -142,13 +142,12 @@ def same_classes(challenger: Encoder, champion: Encoder, allowed: bool) -> Itera
 def latency(challenger: Encoder, champion: Encoder | None, params: Params) -> Iterator[Check]:
     """Time single images at the challenger's image size, both encoders in turn."""
     p, side = params.promote, int(challenger.metadata.get("image_size", 224))
-    picture = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
     encoders = [challenger] if champion is None else [challenger, champion]
     times: list[list[float]] = [[] for _ in encoders]
     for run in range(TIMED_RUNS + 1):
         for encoder, taken in zip(encoders, times, strict=True):
             start = time.perf_counter()
-            encoder.embed(picture)
+            encoder.embed(bands.noise(1, side, encoder.form))
             taken += [1000 * (time.perf_counter() - start)] * (run > 0)  # the first run allocates
     own, *others = map(statistics.median, times)
     text = f"{own:.2f} ms, at most promote.max_latency_ms={p.max_latency_ms:g}"
@@ -162,7 +161,7 @@ def reference(encoder: Encoder, n: int) -> Vectors:
     """Return the embeddings of `n` pretraining images, drawn with a fixed seed."""
     samples = webdataset.Samples(webdataset.tars("pretrain"))
     chosen = np.sort(np.random.default_rng(0).permutation(len(samples))[:n])
-    return encoder.embed(images.decode(data.tobytes()) for data in samples.read(chosen))
+    return encoder.embed(bands.unpack(data) for data in samples.read(chosen))
 
 
 def _at_least(name: str, value: float, bound: float, key: str) -> Check:

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional
 
-from barlow.core import files, images, webdataset
+from barlow.core import bands, files, images, webdataset
 from barlow.core.errors import UserError
 from barlow.evaluation import features
 from barlow.evaluation.neighbours import most_similar
@@ -42,7 +42,7 @@ def load(split: str, keys: Iterable[str]) -> dict[str, images.Pixels]:
         raise UserError(f"{files.SHARDS} lacks {missing[0]}, which {files.FEATURES} names; run `barlow extract` again")
     data = samples.read(np.array([number[key] for key in wanted], np.int64))
     with ThreadPoolExecutor(files.cpus()) as pool:
-        return dict(zip(wanted, pool.map(lambda file: images.decode(file.tobytes()), data), strict=True))
+        return dict(zip(wanted, pool.map(lambda file: bands.preview(bands.unpack(file)), data), strict=True))
 
 
 def embedding_map(test: features.Split, classes: list[str]) -> dict[str, Any] | None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from barlow.core import files
-from barlow.core.images import TooManyPixelsError, UnknownFormatError, decode
+from barlow.core.bands import PixelFormat, decode
+from barlow.core.images import TooManyPixelsError, UnknownFormatError
 from barlow.encoder.encoder import Encoder, Pixels, Vectors
 from barlow.serving.limits import RequestError
 from barlow.serving.metrics import Metrics
@@ -161,7 +162,7 @@ class Engine:
                 if begun > job.deadline:
                     answers.append((job, i, Failure(503, "deadline", "the time was over before its turn")))
                     continue
-                image = _decoded(job.images[i], self._flags.max_pixels)
+                image = _decoded(job.images[i], self._flags.max_pixels, self.encoder.form)
                 if isinstance(image, Failure):
                     answers.append((job, i, image))
                     continue
@@ -189,10 +190,10 @@ class Engine:
         return answers
 
 
-def _decoded(image: bytes | Pixels, max_pixels: int) -> Pixels | Failure:
+def _decoded(image: bytes | Pixels, max_pixels: int, form: PixelFormat) -> Pixels | Failure:
     """Decode an image, or return why it cannot be decoded."""
     try:
-        pixels = decode(image, max_pixels) if isinstance(image, bytes) else image
+        pixels = decode(image, form, max_pixels) if isinstance(image, bytes) else image
     except TooManyPixelsError as error:
         return Failure(413, "pixels", str(error))
     except UnknownFormatError as error:

@@ -43,11 +43,11 @@ async def model_ready(request: Request) -> Response:
 
 
 async def infer(request: Request) -> Response:
-    """Embed a tensor of images, UINT8 [batch, height, width, 3]; tensors as JSON or binary."""
+    """Embed a tensor of images, UINT8 or UINT16 [batch, height, width, channels]; tensors as JSON or binary."""
     served = _served(request)
     outputs = oip.outputs(served.encoder)
     header = request.headers.get(oip.HEADER)
-    inference = oip.parse(await request.body(), header, [*outputs], request.app.state.flags)
+    inference = oip.parse(await request.body(), header, [*outputs], request.app.state.flags, served.encoder.form)
     job = await served.engine.submit(list(inference.images))
     for answer in job.answers:
         if isinstance(answer, Failure):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from barlow.core import bands
 from barlow.core.errors import UserError
 from barlow.encoder.encoder import Encoder
 from barlow.encoder.registry import Version
@@ -132,7 +133,7 @@ def _check(encoder: Encoder, path: Path) -> None:
     """Check that outputs are finite and the same alone and in a batch; the run also allocates memory in advance."""
     text = encoder.metadata.get("image_size", "32")
     side = int(text) if text.isdigit() else 32
-    pictures = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    pictures = bands.noise(3, side, encoder.form)
     try:
         together, alone = encoder.embed(pictures), encoder.embed(pictures, batch_size=1)
         logits = encoder.classify(pictures)

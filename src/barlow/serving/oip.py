@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from array import array
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from barlow.encoder.encoder import Encoder, Pixels, Vectors
+from barlow.core.bands import RGB, PixelFormat, Pixels
+from barlow.encoder.encoder import Encoder, Vectors
 from barlow.serving.limits import RequestError
 from barlow.settings.flags import Flags
 
@@ -27,8 +29,13 @@ class Request(NamedTuple):
     """A request for inference."""
 
     id: str | None
-    images: Pixels  # (batch, height, width, 3)
+    images: Pixels  # (batch, height, width, channels)
     outputs: list[tuple[str, bool]]  # name, and whether the client wants it in binary
+
+
+def datatype(form: PixelFormat) -> str:
+    """Return the protocol's name of the images' type: UINT8 or UINT16."""
+    return f"UINT{form.bits}"
 
 
 def outputs(encoder: Encoder) -> dict[str, int]:
@@ -42,14 +49,14 @@ def metadata(encoder: Encoder, version: str) -> dict[str, Any]:
         "name": "encoder",
         "versions": [version],
         "platform": "onnxruntime_onnx",
-        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, -1, -1, 3]}],
+        "inputs": [{"name": INPUT, "datatype": datatype(encoder.form), "shape": [-1, -1, -1, encoder.form.channels]}],
         "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, n]} for name, n in outputs(encoder).items()],
         "parameters": encoder.metadata,
     }
 
 
-def parse(body: bytes, header: str | None, names: Sequence[str], flags: Flags) -> Request:
-    """Read a request body; `header` is the value of HEADER, `names` are the encoder's outputs.
+def parse(body: bytes, header: str | None, names: Sequence[str], flags: Flags, form: PixelFormat = RGB) -> Request:
+    """Read a request body; `header` is the value of HEADER, `names` are the encoder's outputs, `form` its input.
 
     Raises:
         RequestError: the body does not follow the protocol (400) or is beyond a limit (413); the message says where.
@@ -70,7 +77,7 @@ def parse(body: bytes, header: str | None, names: Sequence[str], flags: Flags) -
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1:
         raise _bad(f"inputs must be a list of one tensor, {INPUT!r}")
-    images = _images(_object(inputs[0], "inputs[0]"), memoryview(body)[length:], flags)
+    images = _images(_object(inputs[0], "inputs[0]"), memoryview(body)[length:], flags, form)
     default = bool(_object(parameters, "parameters").get("binary_data_output", False))
     wanted = request.get("outputs")
     if wanted is None:
@@ -89,19 +96,20 @@ def parse(body: bytes, header: str | None, names: Sequence[str], flags: Flags) -
     return Request(id_, images, chosen)
 
 
-def _images(tensor: dict[str, Any], binary: memoryview, flags: Flags) -> Pixels:
-    """Return the input tensor as an array (batch, height, width, 3)."""
+def _images(tensor: dict[str, Any], binary: memoryview, flags: Flags, form: PixelFormat) -> Pixels:
+    """Return the input tensor as an array (batch, height, width, channels)."""
+    kind = datatype(form)
     shape = tensor.get("shape")
-    if tensor.get("name") != INPUT or tensor.get("datatype") != "UINT8":
-        name, datatype = _shown(tensor.get("name")), _shown(tensor.get("datatype"))
-        raise _bad(f"inputs[0] is {name}, {datatype}; it must be {INPUT!r}, 'UINT8'")
+    if tensor.get("name") != INPUT or tensor.get("datatype") != kind:
+        name, given = _shown(tensor.get("name")), _shown(tensor.get("datatype"))
+        raise _bad(f"inputs[0] is {name}, {given}; it must be {INPUT!r}, {kind!r}")
     if (
         not isinstance(shape, list)
         or len(shape) != 4
         or not all(type(n) is int and n > 0 for n in shape)
-        or shape[3] != 3
+        or shape[3] != form.channels
     ):
-        raise _bad(f"inputs[0].shape is {_shown(shape)}; it must be [batch, height, width, 3]")
+        raise _bad(f"inputs[0].shape is {_shown(shape)}; it must be [batch, height, width, {form.channels}]")
     batch, height, width, _ = shape
     if batch > flags.max_images:
         raise RequestError(413, "images", f"{batch} images; at most {flags.max_images} are allowed in a request")
@@ -109,18 +117,22 @@ def _images(tensor: dict[str, Any], binary: memoryview, flags: Flags) -> Pixels:
         raise RequestError(413, "pixels", f"{width} x {height} pixels, more than the {flags.max_pixels} allowed")
     size = _object(tensor.get("parameters", {}), "inputs[0].parameters").get("binary_data_size")
     if size is not None:
-        if "data" in tensor or size != len(binary) or size != math.prod(shape):
+        if "data" in tensor or size != len(binary) or size != math.prod(shape) * form.dtype.itemsize:
             raise _bad(f"inputs[0] has {len(binary)} bytes for binary_data_size {_shown(size)} and shape {shape}")
-        return np.frombuffer(binary, np.uint8).reshape(shape)
+        return np.frombuffer(binary, form.dtype).reshape(shape)
     if len(binary):
         raise _bad(f"{len(binary)} bytes follow the JSON, and inputs[0].parameters has no binary_data_size")
     values = _flat(tensor.get("data"), shape)
     try:
         if len(values) == math.prod(shape) and set(map(type, values)) == {int}:
-            return np.frombuffer(bytes(values), np.uint8).reshape(shape)
-    except ValueError:  # a number is not from 0 to 255
+            if form.bits == 8:
+                return np.frombuffer(bytes(values), np.uint8).reshape(shape)
+            return np.frombuffer(array("H", values), np.uint16).reshape(shape)
+    except (ValueError, OverflowError):  # a number is too large, or negative
         pass
-    raise _bad(f"inputs[0].data must be {math.prod(shape)} whole numbers from 0 to 255, flat or nested as the shape")
+    raise _bad(
+        f"inputs[0].data must be {math.prod(shape)} whole numbers from 0 to {form.white}, flat or nested as the shape"
+    )
 
 
 def _flat(data: Any, shape: Sequence[int]) -> list[Any]:

@@ -158,13 +158,14 @@ _IMAGES = {
     },
 }
 _SIDE = {"type": "integer", "minimum": 1}
-_SIDES = 3 * [_SIDE] + [{"const": 3}]
-_SHAPE = _array(_SIDE, description="batch, height, width, 3", minItems=4, maxItems=4, prefixItems=_SIDES)
+_SHAPE = _array(
+    _SIDE, description="batch, height, width, channels; the model's metadata names the channels", minItems=4, maxItems=4
+)
 _PARAMETERS = {"type": "object"}
 _INPUT = _object(
     "name shape datatype",
     name={"const": oip.INPUT},
-    datatype={"const": "UINT8"},
+    datatype={"enum": ["UINT8", "UINT16"]},
     shape=_SHAPE,
     data={"type": "array", "description": "flat, or nested as the shape"},
     parameters=_PARAMETERS,

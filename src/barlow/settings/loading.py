@@ -39,6 +39,7 @@ def load(path: Path | str = PARAMS) -> Params:
         text = f"model.weights={m.weights} is what pretrain writes, and DVC deletes it before pretrain runs"
         remedy = f"copy it, cp {files.ENCODER} data/start.safetensors, and set model.weights to the copy"
         raise UserError(f"{path}: {text}; {remedy} (`dvc checkout {files.ENCODER}` brings it back)")
+    _check_channels(params, f"{path}: ")
     if (p := params.pretrain).warmup_epochs >= p.epochs:
         text = f"pretrain.warmup_epochs={p.warmup_epochs:g} is not below pretrain.epochs={p.epochs}"
         raise UserError(f"{path}: {text}, so the learning rate would never reach its peak; lower it")
@@ -47,6 +48,22 @@ def load(path: Path | str = PARAMS) -> Params:
         raise UserError(f"{path}: {text}; 0.9 is usual")
     check_microbatch(p, p.processes or 1, f"{path}: ")
     return params
+
+
+def _check_channels(params: Params, prefix: str) -> None:
+    """Check what depends on the number of channels."""
+    channels, views = params.model.channels, params.views
+    for key, values in (("views.mean", views.mean), ("views.std", views.std)):
+        if len(values) not in (1, channels):
+            remedy = (
+                f"give one value, such as [0.5], or {channels}" if channels > 1 else "give one value, such as [0.5]"
+            )
+            text = f"{key} has {len(values)} values, and the images have model.channels={channels}"
+            raise UserError(f"{prefix}{text}; {remedy}")
+    coloured = [name for name in ("saturation", "hue", "grayscale") if getattr(views, name)]
+    if channels != 3 and coloured:
+        keys = ", ".join(f"views.{name}={getattr(views, name):g}" for name in coloured)
+        raise UserError(f"{prefix}{keys}: needs three channels, and model.channels={channels}; set to 0")
 
 
 def check_microbatch(p: Pretrain, processes: int, prefix: str = "") -> None:

@@ -84,8 +84,8 @@ class Views:
     blur: FractionPair
     blur_sigma: PositivePair
     solarize: FractionPair
-    mean: tuple[float, float, float]
-    std: tuple[Above0, Above0, Above0]
+    mean: tuple[float, ...]
+    std: tuple[Above0, ...]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ class Model:
     zero_init_residual: bool
     whiten: bool
     weights: str | None
+    channels: Annotated[int, Range(1, 16)]
+    bits: Literal[8, 16]
 
 
 @dataclass(frozen=True)

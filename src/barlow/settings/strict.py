@@ -131,11 +131,13 @@ def _build_dataclass(kind: Any, value: Any, file: str, key: str) -> Any:
     return kind(**{name: build(hint, value[name], file, _dotted(key, name)) for name, hint in hints.items()})
 
 
-def _one_of(names: Sequence[str], value: Any, file: str, key: str) -> Any:
-    close = difflib.get_close_matches(str(value), names, 1, 0.5)
+def _one_of(names: Sequence[str | int], value: Any, file: str, key: str) -> Any:
+    shown = [str(name) for name in names]
+    close = difflib.get_close_matches(str(value), shown, 1, 0.5) if isinstance(names[0], str) else []
     hint = f"; did you mean {close[0]}?" if close else ""
-    passed = isinstance(value, str) and any(fnmatch.fnmatchcase(value, name) for name in names)
-    _require(passed, file, key, value, f"one of {', '.join(names)}{hint}")
+    number = any(type(value) is type(name) and value == name for name in names)
+    passed = number or (isinstance(value, str) and any(fnmatch.fnmatchcase(value, name) for name in shown))
+    _require(passed, file, key, value, f"one of {', '.join(shown)}{hint}")
     return value
 
 

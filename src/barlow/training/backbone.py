@@ -17,7 +17,7 @@ LAYERS = {"resnet10": [1, 1, 1, 1], "resnet18": [2, 2, 2, 2], "resnet34": [3, 4,
 
 
 class Backbone(nn.Module):
-    """The type of what `backbone` returns: float (batch, 3, size, size) in, the representation (batch, dim) out."""
+    """The type of what `backbone` returns: (batch, channels, size, size) in, the representation (batch, dim) out."""
 
     dim: int
 
@@ -28,7 +28,7 @@ def backbone(model: params.Model, size: int) -> Backbone:
     Raises:
         UserError: timm has no model of that name, or the model takes no images of that size.
     """
-    return _timm(model.arch, size) if model.arch.startswith(TIMM) else _resnet(model)
+    return _timm(model.arch, size, model.channels) if model.arch.startswith(TIMM) else _resnet(model)
 
 
 def _resnet(model: params.Model) -> Backbone:
@@ -41,15 +41,18 @@ def _resnet(model: params.Model) -> Backbone:
     network = resnet.ResNet(block, LAYERS[model.arch], zero_init_residual=model.zero_init_residual)
     if model.stem != "imagenet":
         stride = {"small": 1, "stride": 2}[model.stem]
-        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+        network.conv1 = nn.Conv2d(model.channels, 64, kernel_size=3, stride=stride, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
+    elif model.channels != 3:
+        network.conv1 = nn.Conv2d(model.channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.dim = network.fc.in_features
     network.fc = nn.Identity()
     return cast(Backbone, network)
 
 
-def _timm(arch: str, size: int) -> Backbone:
+def _timm(arch: str, size: int, channels: int) -> Backbone:
     """Build a model of timm without its classifier: its output is what timm calls the pre-logits."""
     import timm  # here and below, since its import takes seconds
 
@@ -64,7 +67,7 @@ def _timm(arch: str, size: int) -> Backbone:
         default = timm.get_pretrained_cfg(name).input_size[-1]
         remedy = next((f"{other} px would do" for other in (*larger, default) if _dim(name, other)), "choose another")
         raise UserError(f"model.arch={arch} takes no images of views.size={size} px; {remedy}")
-    network = _created(name, size)
+    network = _created(name, size, channels)
     network.dim = dim
     for module in network.modules():
         # Only the views may be random in training: a run that was stopped and goes on could not repeat anything else.
@@ -75,11 +78,11 @@ def _timm(arch: str, size: int) -> Backbone:
     return network
 
 
-def _created(name: str, size: int) -> Backbone:
+def _created(name: str, size: int, channels: int = 3) -> Backbone:
     import timm
 
     sized = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-    return cast(Backbone, timm.create_model(name, num_classes=0, **sized))
+    return cast(Backbone, timm.create_model(name, num_classes=0, in_chans=channels, **sized))
 
 
 def _dim(name: str, size: int) -> int | None:

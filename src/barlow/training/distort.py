@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from nvidia.dali import fn, math, types
 
+from barlow.core.bands import RGB, PixelFormat
 from barlow.settings import params
 
 ATTEMPTS = 10  # windows drawn for each crop
@@ -87,16 +88,30 @@ def resized_crop(pixels: Any, start: Any, end: Any, size: int) -> Any:
     return fn.resize(pixels, roi_start=start, roi_end=end, size=(size, size), interp_type=types.INTERP_CUBIC)
 
 
-def color_jitter(pixels: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any) -> Any:
+def color_jitter(
+    pixels: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any, form: PixelFormat = RGB
+) -> Any:
     """Scale brightness, contrast (about the image's mean gray) and saturation; turn the hue, in degrees."""
-    center = fn.reductions.mean(fn.color_space_conversion(pixels, image_type=types.RGB, output_type=types.GRAY))
+    if form == RGB:
+        center = fn.reductions.mean(fn.color_space_conversion(pixels, image_type=types.RGB, output_type=types.GRAY))
+    else:
+        center = fn.reductions.mean(grayscale(pixels, form))
     # Arithmetic, since fn.brightness_contrast takes no `contrast_center` that lies on a GPU.
     pixels = brightness * (center + contrast * (pixels - center))
-    return fn.hsv(math.clamp(pixels, 0.0, 255.0), saturation=saturation, hue=hue, dtype=types.UINT8)
+    return fn.hsv(math.clamp(pixels, 0.0, float(form.white)), saturation=saturation, hue=hue, dtype=_type(form))
 
 
-def grayscale(pixels: Any) -> Any:
+def brightness_contrast(pixels: Any, brightness: Any, contrast: Any, form: PixelFormat) -> Any:
+    """Scale brightness and contrast (about the image's mean) of any number of channels."""
+    center = fn.reductions.mean(pixels)
+    pixels = brightness * (center + contrast * (pixels - center))
+    return fn.cast(math.clamp(pixels, 0.0, float(form.white)), dtype=_type(form))
+
+
+def grayscale(pixels: Any, form: PixelFormat = RGB) -> Any:
     """Remove all colour, keep three channels."""
+    if form.bits == 16:  # which the conversion below does not take
+        return fn.hsv(pixels, saturation=0.0, dtype=_type(form))
     gray = fn.color_space_conversion(pixels, image_type=types.RGB, output_type=types.GRAY)
     return fn.color_space_conversion(gray, image_type=types.GRAY, output_type=types.RGB)
 
@@ -106,27 +121,36 @@ def blur(pixels: Any, sigma: Any) -> Any:
     return fn.gaussian_blur(pixels, sigma=sigma)
 
 
-def solarize(pixels: Any) -> Any:
-    """Invert values of 128 and above."""
-    return math.min(pixels, pixels ^ types.Constant(255, dtype=types.UINT8))
+def solarize(pixels: Any, form: PixelFormat = RGB) -> Any:
+    """Invert values in the upper half: of 8 bits, 128 and above."""
+    return math.min(pixels, pixels ^ types.Constant(form.white, dtype=_type(form)))
 
 
-def normalize(pixels: Any, mirror: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
-    """Flip where `mirror` is 1, and turn 0 to 255 into float32 (3, height, width) of zero mean and unit deviation."""
-    return fn.crop_mirror_normalize(
-        pixels, mirror=mirror, mean=[255 * m for m in mean], std=[255 * s for s in std], output_layout="CHW"
-    )
+def _type(form: PixelFormat) -> Any:
+    return types.UINT8 if form.bits == 8 else types.UINT16
 
 
-def augment(pixels: Any, drawn: Distortion, views: params.Views) -> Any:
+def normalize(
+    pixels: Any, mirror: Any, mean: tuple[float, ...], std: tuple[float, ...], form: PixelFormat = RGB
+) -> Any:
+    """Flip where `mirror` is 1, and turn 0 to white into float32 (channels, height, width), normalised."""
+    scaled = {"mean": [form.white * m for m in mean], "std": [form.white * s for s in std]}
+    return fn.crop_mirror_normalize(pixels, mirror=mirror, output_layout="CHW", **scaled)
+
+
+def augment(pixels: Any, drawn: Distortion, views: params.Views, form: PixelFormat = RGB) -> Any:
     """Distort decoded images."""
     out = resized_crop(pixels, drawn.start, drawn.end, views.size)
-    if drawn.jitter:
-        out = color_jitter(out, drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue)
-    if drawn.grayscale:
-        out = grayscale(out)
+    if form.channels == 3:
+        if drawn.jitter:
+            out = color_jitter(out, drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue, form)
+        if drawn.grayscale:
+            out = grayscale(out, form)
+    else:
+        if drawn.jitter:
+            out = brightness_contrast(out, drawn.brightness, drawn.contrast, form)
     if drawn.blur:
         out = blur(out, drawn.sigma)
     if drawn.solarize:
-        out = solarize(out)
-    return normalize(out, drawn.mirror, views.mean, views.std)
+        out = solarize(out, form)
+    return normalize(out, drawn.mirror, views.mean, views.std, form)

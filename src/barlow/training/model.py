@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from barlow.core import files
+from barlow.core.bands import PixelFormat
 from barlow.core.weights import load_weights
 from barlow.settings import params, strict
 from barlow.training import distributed
@@ -44,7 +45,7 @@ class BarlowTwins(nn.Module):
         self.dim = model.projector[-1]
 
     def forward(self, view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn two views (batch, 3, side, side) into embeddings (batch, D); batch norm sees one view at a time."""
+        """Turn two views (batch, channels, side, side) into embeddings; batch norm sees one view at a time."""
         return self.projector(self.backbone(view_a)), self.projector(self.backbone(view_b))
 
 
@@ -61,7 +62,7 @@ class Microbatches(nn.Module):
         self.network, self.size = network, size
 
     def forward(self, view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn two views (batch, 3, side, side) into embeddings; the backbone's batch norm sees a microbatch."""
+        """Turn two views (batch, channels, side, side) into embeddings; the backbone's batch norm sees a microbatch."""
         return self._embed(view_a), self._embed(view_b)
 
     def _embed(self, view: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ class Whitening(nn.Module):
 
 
 class FrozenEncoder(nn.Module):
-    """What is evaluated, exported and served: uint8 images in, the embedding out.
+    """What is evaluated, exported and served: uint8 or uint16 images in, the embedding out.
 
     The embedding is the backbone's representation, whitened where `model.whiten` says so.
 
@@ -178,18 +179,19 @@ class FrozenEncoder(nn.Module):
     def __init__(self, model: params.Model, views: params.Views) -> None:
         super().__init__()
         self.size = views.size
+        self.form = form = PixelFormat(model.channels, model.bits)
         self.backbone = backbone(model, views.size)
         self.whitening = Whitening(self.backbone.dim) if model.whiten else nn.Identity()
-        self.register_buffer("mean", 255 * torch.tensor(views.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(views.std)[:, None, None], persistent=False)
+        self.register_buffer("mean", form.white * torch.tensor(views.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", form.white * torch.tensor(views.std)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Turn uint8 (batch, height, width, 3) into normalised float32 (batch, 3, size, size)."""
+        """Turn images (batch, height, width, channels) into normalised float32 (batch, channels, size, size)."""
         return self.normalise(self.resize(images))
 
     def resize(self, images: Tensor) -> Tensor:
-        """Turn uint8 (batch, height, width, 3) into float32 (batch, 3, size, size), 0 to 255."""
+        """Turn images (batch, height, width, channels) into float32 (batch, channels, size, size) of the same scale."""
         pixels = images.permute(0, 3, 1, 2).float()
         return functional.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
 
@@ -198,7 +200,7 @@ class FrozenEncoder(nn.Module):
         return (resized - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the embeddings of uint8 images (batch, height, width, 3): float32 (batch, dim)."""
+        """Return the embeddings of images (batch, height, width, channels), as `form` says: float32 (batch, dim)."""
         embedding: Tensor = self.whitening(self.backbone(self.preprocess(images)))
         return embedding
 

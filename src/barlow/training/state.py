@@ -48,6 +48,9 @@ class Training:
         gpu = device.index if device.type == "cuda" else None
         threads = max(files.cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
         self.views = TwinViews(tars, params.views, p.batch_size, p.seed, distributed.rank(), world, gpu, threads)
+        if self.views.form != (params.model.channels, params.model.bits):
+            text = f"{files.SHARDS} holds {self.views.form}, and params.yaml has model.channels={params.model.channels}"
+            raise UserError(f"{text}, model.bits={params.model.bits}; run `dvc repro shard` first")
         self.epoch_steps = len(self.views)
         self.total_steps = p.epochs * self.epoch_steps
         torch.manual_seed(p.seed)

@@ -19,7 +19,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from barlow.core import dali, files, webdataset
+from barlow.core import bands, dali, files, webdataset
 from barlow.core.errors import UserError
 from barlow.settings import params
 from barlow.training.distort import Distortion, augment, draw
@@ -34,13 +34,15 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 # With `exec_dynamic` each output has memory of its own, so `from_dlpack` need not copy. DALI reuses the memory of a
 # freed tensor on a GPU only after all work that was queued there by then, on whatever stream.
 @pipeline_def(enable_conditionals=True, exec_dynamic=True)  # type: ignore[untyped-decorator]
-def view_pipeline(batches: Any, views: params.Views, count: int) -> Any:
-    """Decode once, distort `count` times; `batches` yields (encoded images, *distortions of one view, *of the next)."""
+def view_pipeline(batches: Any, views: params.Views, count: int, form: bands.PixelFormat = bands.RGB) -> Any:
+    """Decode once, distort `count` times; `batches` yields (`Samples.stored`, *distortions of one view, *of the next)."""
     n = len(Distortion._fields)
-    encoded, *drawn = fn.external_source(batches, num_outputs=1 + count * n)
+    layout = None if form == bands.RGB else ["HWC", *[""] * (count * n)]
+    encoded, *drawn = fn.external_source(batches, num_outputs=1 + count * n, layout=layout)
     device = "cpu" if Pipeline.current().device_id is None else "mixed"
-    pixels = dali.decoded(encoded, device)
-    return tuple(augment(pixels, Distortion(*drawn[i * n : (i + 1) * n]), views) for i in range(count))
+    as_is = encoded if device == "cpu" else encoded.gpu()  # arrays
+    pixels = dali.decoded(encoded, device) if form == bands.RGB else as_is
+    return tuple(augment(pixels, Distortion(*drawn[i * n : (i + 1) * n]), views, form) for i in range(count))
 
 
 def epoch_order(n: int, fill: int, rng: np.random.Generator) -> Indices:
@@ -69,8 +71,8 @@ class TwinViews:
     """Endless epochs of view pairs from tar shards; each epoch has a new order, which the seed fixes.
 
     `for view_a, view_b in twin_views` is one epoch of `len()` batches (after a restore or a `break`, the rest of one):
-    normalised float32 tensors (batch_size / world_size, 3, size, size) on the device. Each rank yields its part of the
-    global batch, which does not depend on `world_size`. The last images of an epoch, which fill no batch, are left out.
+    normalised float32 tensors (batch_size / world_size, channels, size, size) on the device. Each rank yields its part
+    of the global batch, which does not depend on `world_size`. An epoch's last images, too few, are left out.
 
     Args:
         tars: the shards; the same on every rank, like the next three.
@@ -83,6 +85,7 @@ class TwinViews:
 
     Attributes:
         digest: hash of the tars.
+        form: channels and bits of the images.
 
     Raises:
         UserError: the ranks cannot share a batch evenly, there are fewer images than a batch, or (while iterating) an
@@ -108,6 +111,7 @@ class TwinViews:
                 f"on; lower it or add images"
             )
         self.images = len(self._samples)
+        self.form = self._samples.form
         self._batches = self.images // batch_size
         self._fill = ceil(len(self._samples) * SHUFFLE_BYTES / self._samples.bytes)  # images to mix at a time
         self._step = 0  # batches yielded so far, over all epochs
@@ -151,7 +155,7 @@ class TwinViews:
     def build(self) -> None:
         """Build the pipeline now; else the first batch waits for it."""
         if self._pipeline is None:
-            self._pipeline = view_pipeline(self._source(self._step), self._views, 2, **self._options)
+            self._pipeline = view_pipeline(self._source(self._step), self._views, 2, self.form, **self._options)
             self._pipeline.build()
 
     def _run(self) -> tuple[Tensor, Tensor]:
@@ -159,7 +163,7 @@ class TwinViews:
             self.build()
             view_a, view_b = self._pipeline.run()
         except RuntimeError as error:
-            if bad := _undecodable(self._tars):
+            if self.form == bands.RGB and (bad := _undecodable(self._tars)):
                 raise UserError(f"{bad} cannot be decoded; replace the image and run ingest again") from None
             raise error
         return from_dlpack(view_a.as_tensor()), from_dlpack(view_b.as_tensor())
@@ -183,7 +187,7 @@ class TwinViews:
                 # Counted from 1: numpy ignores a trailing 0, and [seed, epoch] is the seed of the order.
                 rng, sides = np.random.default_rng([self._seed, epoch, batch + 1]), self._samples.sides[whole[batch]]
                 drawn = (array for view in (0, 1) for array in draw(self._views, view, sides, rng))
-                yield self._samples.read(whole[batch, self._part]), *(array[self._part] for array in drawn)
+                yield self._samples.stored(whole[batch, self._part]), *(array[self._part] for array in drawn)
             step = 0
 
 
@@ -199,7 +203,7 @@ def single_views(
     """Yield `steps` batches: one view of each image, distorted like view B, with the numbers of the images.
 
     The images are `numbers` of `samples`, repeated as often as needed, each time in a new order. The views are
-    normalised float32 tensors (batch_size, 3, size, size) on the device.
+    normalised float32 tensors (batch_size, channels, size, size) on the device.
     """
     rng = np.random.default_rng(seed)
     endless = chain.from_iterable(rng.permutation(numbers) for _ in count())
@@ -207,10 +211,10 @@ def single_views(
 
     def source() -> Iterator[tuple[Any, ...]]:
         for batch in batches:
-            yield samples.read(batch), *draw(views, 1, samples.sides[batch], rng)
+            yield samples.stored(batch), *draw(views, 1, samples.sides[batch], rng)
 
     options = {"batch_size": batch_size, "device_id": device_id, "num_threads": files.cpus()}
-    pipeline = view_pipeline(source(), views, 1, **options)
+    pipeline = view_pipeline(source(), views, 1, samples.form, **options)
     for batch in batches:
         yield from_dlpack(pipeline.run()[0].as_tensor()), batch
 
@@ -236,10 +240,10 @@ def pairs(tars: list[Path], views: params.Views, n: int, seed: int) -> tuple[Pix
     samples, rng = webdataset.Samples(tars), np.random.default_rng(seed)
     n = min(n, len(samples))
     sides = samples.sides[:n]
-    batch = (samples.read(np.arange(n)), *draw(views, 0, sides, rng), *draw(views, 1, sides, rng))
+    batch = (samples.stored(np.arange(n)), *draw(views, 0, sides, rng), *draw(views, 1, sides, rng))
     options = {"num_threads": files.cpus(), "device_id": None, "prefetch_queue_depth": 1}
-    pipeline = view_pipeline(lambda: batch, views, 2, batch_size=n, **options)
+    pipeline = view_pipeline(lambda: batch, views, 2, samples.form, batch_size=n, **options)
     mean, std = np.array(views.mean), np.array(views.std)
     normalized = [np.asarray(view.as_tensor()).transpose(0, 2, 3, 1) for view in pipeline.run()]
     view_a, view_b = ((255 * (view * std + mean)).round().clip(0, 255).astype(np.uint8) for view in normalized)
-    return view_a, view_b
+    return bands.preview(view_a), bands.preview(view_b)
