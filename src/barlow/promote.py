@@ -215,6 +215,7 @@ def describe(card: dict[str, Any], decision: dict[str, Any]) -> str:
         against = f"\n\nAgainst the linear probe on the encoder that it began from: {row}."
     task = {"encoder": "image-feature-extraction", "classifier": "image-classification"}[kind]
     classes = f"Its logits are for {', '.join(card['classes'])}." if card["classes"] else "It has no classifier."
+    taken = f"uint{card.get('bits', '8')} [batch, height, width, {card.get('channels', '3')}]"
     return f"""---
 library_name: onnx
 pipeline_tag: {task}
@@ -223,7 +224,7 @@ tags: [barlow-twins, self-supervised]
 # An image {kind}, embedding space {card["space"]}
 
 Made on {card["created"]} by barlow {card["version"]}, git revision {card.get("git_revision", "unknown")}. Input
-`images` is uint{card.get("bits", "8")} [batch, height, width, {card.get("channels", "3")}] of any size; output `embedding` is float32 [batch, {card["dim"]}]. {classes}
+`images` is {taken} of any size; output `embedding` is float32 [batch, {card["dim"]}]. {classes}
 Embeddings of another space cannot be compared with these: after a change of {kind}, embed your images again.
 
 ## Data

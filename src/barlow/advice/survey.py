@@ -57,7 +57,7 @@ def look(accepted: pa.Table, root: Path, max_side: int | None, shard: Path, form
 
 
 def _sample(path: Path, max_side: int | None, key: str, form: PixelFormat) -> tuple[webdataset.Sample, float]:
-    """Return an image as JPEG, or as an array if it is not 8-bit RGB; and how coloured it is: the mean over its pixels of largest less smallest channel."""
+    """Return an image as it is packed, and how coloured it is: the mean of largest less smallest channel."""
     try:
         pixels = bands.decode(path.read_bytes(), form, formats=images.INGESTED)
     except (OSError, ValueError) as error:

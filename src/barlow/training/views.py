@@ -35,7 +35,7 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 # freed tensor on a GPU only after all work that was queued there by then, on whatever stream.
 @pipeline_def(enable_conditionals=True, exec_dynamic=True)  # type: ignore[untyped-decorator]
 def view_pipeline(batches: Any, views: params.Views, count: int, form: bands.PixelFormat = bands.RGB) -> Any:
-    """Decode once, distort `count` times; `batches` yields (`Samples.stored`, *distortions of one view, *of the next)."""
+    """Decode once, distort `count` times; `batches` yields (`Samples.stored`, *draws of one view, *of the next)."""
     n = len(Distortion._fields)
     layout = None if form == bands.RGB else ["HWC", *[""] * (count * n)]
     encoded, *drawn = fn.external_source(batches, num_outputs=1 + count * n, layout=layout)

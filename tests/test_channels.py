@@ -1,0 +1,143 @@
+"""Images of one channel and of five, with 16 bits, through the whole pipeline."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiffs import tiff
+
+from barlow import evaluate, export, extract, index, ingest, pretrain, report, shard, validate
+from barlow.core import bands, files, webdataset
+from barlow.core.errors import UserError
+from barlow.core.bands import PixelFormat
+from barlow.encoder.encoder import Encoder
+from barlow.training import model, views
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CASES = {1: ("png", (0.5,), (0.25,)), 5: ("tif", (0.5,) * 5, (0.25,) * 5)}
+
+
+def picture(channels, i):
+    """Return uint16 (24 + i % 3, 28, channels): stripes of one of two directions, each channel of its own period."""
+    rng = np.random.default_rng([channels, i])
+    y, x = np.mgrid[: 24 + i % 3, :28]
+    waves = [np.sin((x if i % 2 else y) / (1.5 + c) + rng.uniform(0, 6)) for c in range(channels)]
+    return (32768 + 20000 * np.stack(waves, axis=2) + rng.normal(0, 500, (*x.shape, channels))).astype(np.uint16)
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if pixels.shape[2] == 1:
+        Image.fromarray(pixels[:, :, 0]).save(path)
+    else:
+        path.write_bytes(tiff(pixels, deflate=True, differences=True))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def project(request, smoke, tmp_path_factory):
+    """A folder in which the stages have run on images of that many channels, and its params."""
+    import dataclasses
+
+    channels = request.param
+    folder = tmp_path_factory.mktemp("channels")
+    extension, mean, std = CASES[channels]
+    for split, count in {"train": 24, "val": 8, "test": 16}.items():
+        for i in range(count):
+            path = folder / "photos" / split / ["rows", "columns"][i % 2] / f"{i}.{extension}"
+            save(path, picture(channels, i + 100 * len(split) + (7 if split == "val" else 0) * 2))
+
+    def change(section, **values):
+        return dataclasses.replace(getattr(smoke, section), **values)
+
+    p = dataclasses.replace(
+        smoke,
+        ingest=change("ingest", source=str(folder / "photos")),
+        model=change("model", channels=channels, bits=16, arch="resnet10", projector=(16, 16)),
+        views=change("views", size=16, mean=mean, std=std, saturation=0.0, hue=0.0, grayscale=0.0),
+        pretrain=change("pretrain", epochs=2, warmup_epochs=1, batch_size=8, knn_epochs=1),
+        evaluate=change("evaluate", labels_per_class=(2,), label_shares=(0.5,), draws=1, knn_k=3, probe_l2=(0.1,)),
+        export=change("export", parity_images=3, calibration_images=4, max_accuracy_loss=100.0),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in (ingest, validate, shard, pretrain, extract, evaluate, export):
+            stage.run(p)
+        yield folder, p
+
+
+def test_shards_hold_the_pixels(project):
+    _, p = project
+    form = PixelFormat(p.model.channels, 16)
+    for sample in webdataset.read(webdataset.tars("test")):
+        path = Path(p.ingest.source) / webdataset.sources()[sample.key]
+        assert sample.extension == "npy"
+        pixels = bands.unpack(sample.data)
+        i = int(path.stem)
+        assert (pixels == picture(form.channels, i + 100 * len("test"))).all()
+        assert (pixels == bands.decode(path.read_bytes(), form)).all()
+
+
+def test_views_without_distortions_are_the_pixels(project, plain):
+    """At the size of the images, where nothing is resized."""
+    _, p = project
+    tars = webdataset.tars("val")
+    square = webdataset.Samples(tars)
+    settings = plain(size=28, mean=(0.0,), std=(1.0,))
+    view, numbers = next(views.single_views(square, np.array([0]), settings, 1, 1, seed=0))
+    assert view.shape == (1, p.model.channels, 28, 28)
+    wanted = bands.unpack(square.read(np.array([0]))[0]).astype(np.float64) / 65535
+    if wanted.shape[:2] == (28, 28):
+        assert np.abs(view[0].numpy().transpose(1, 2, 0) - wanted).max() < 1e-5
+
+
+def test_the_encoder_keeps_16_bits(project, tmp_path):
+    _, p = project
+    encoder, channels = Encoder(), p.model.channels
+    assert encoder.form == (channels, 16)
+    assert (encoder.metadata["channels"], encoder.metadata["bits"]) == (str(channels), "16")
+    a = picture(channels, 0) // 257 * 257
+    b = a + np.uint16(100) * (np.arange(28) % 2)[None, :, None].astype(np.uint16)  # the same in 8 bits
+    assert (a // 257 == b // 257).all()
+    paths = [tmp_path / f"{name}.{CASES[channels][0]}" for name in "ab"]
+    save(paths[0], a)
+    save(paths[1], b)
+    arrays, files_ = encoder.embed([a, b]), encoder.embed(paths)
+    assert (arrays == files_).all()
+    assert np.abs(arrays[0] - arrays[1]).max() > 1e-5
+    torch_encoder = model.load_encoder()[0]
+    import torch
+
+    wanted = torch_encoder(torch.from_numpy(np.stack([a, b]))).numpy()
+    assert np.allclose(arrays, wanted, atol=1e-4)
+
+
+def test_other_arrays_are_refused(project):
+    encoder = Encoder()
+    channels = encoder.form.channels
+    wanted = rf"an image must be a uint16 array \(height, width, {channels}\).*; got "
+    for array in (np.zeros((20, 20, channels), np.uint8), np.zeros((20, 20, channels + 1), np.uint16)):
+        with pytest.raises(ValueError, match=wanted):
+            encoder.embed([array])
+
+
+def test_the_rest_takes_such_images(project):
+    folder, p = project
+    report.run(p)
+    index.run()
+    index.run([folder / "photos/test"], out="other")
+    assert json.loads(files.EXPORTING.read_text())["parity"]["cosine_min"] > 0.9999
+    assert f"dims: [ -1, -1, {p.model.channels} ]" in Path("models/triton/encoder/config.pbtxt").read_text()
+    assert "TYPE_UINT16" in Path("models/triton/encoder/config.pbtxt").read_text()
+
+
+def test_no_image_has_so_many_channels(tmp_path, smoke, change, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        path = tmp_path / f"photos/{i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise((20, 20), 50).convert("RGB").save(path)
+    p = change(change(smoke, "ingest", source=str(tmp_path / "photos")), "model", channels=4)
+    with pytest.raises(UserError, match=r"0.jpg has 3 channels where model.channels=4 .*set model.channels"):
+        ingest.run(p)
