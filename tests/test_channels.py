@@ -10,8 +10,8 @@ from tiffs import tiff
 
 from barlow import evaluate, export, extract, index, ingest, pretrain, report, shard, validate
 from barlow.core import bands, files, webdataset
-from barlow.core.errors import UserError
 from barlow.core.bands import PixelFormat
+from barlow.core.errors import UserError
 from barlow.encoder.encoder import Encoder
 from barlow.training import model, views
 

@@ -158,9 +158,7 @@ _IMAGES = {
     },
 }
 _SIDE = {"type": "integer", "minimum": 1}
-_SHAPE = _array(
-    _SIDE, description="batch, height, width, channels; the model's metadata names the channels", minItems=4, maxItems=4
-)
+_SHAPE = _array(_SIDE, description="batch, height, width, channels", minItems=4, maxItems=4)
 _PARAMETERS = {"type": "object"}
 _INPUT = _object(
     "name shape datatype",

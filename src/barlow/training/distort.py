@@ -7,6 +7,7 @@ Hue turns in YIQ space, not in HSV.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from nvidia.dali import fn, math, types
 from barlow.core.bands import RGB, PixelFormat
 from barlow.settings import params
 
+COLOURS = ("saturation", "hue", "grayscale")  # what `Distortion` draws for three channels
 ATTEMPTS = 10  # windows drawn for each crop
 
 
@@ -58,6 +60,21 @@ def draw(views: params.Views, view: int, sides: Any, rng: np.random.Generator) -
         uniform(*views.blur_sigma),
         happens(views.solarize[view]),
     )
+
+
+def used(form: PixelFormat) -> list[str]:
+    """Return the names of the draws that `augment` uses: those of colours for three channels only."""
+    return [name for name in Distortion._fields if form.channels == 3 or name not in COLOURS]
+
+
+def passed(drawn: Distortion, form: PixelFormat) -> list[Any]:
+    """Return the draws that go into a pipeline, which wants no node that it does not use."""
+    return [getattr(drawn, name) for name in used(form)]
+
+
+def received(nodes: Sequence[Any], form: PixelFormat) -> Distortion:
+    """Return the draws that `passed` let through."""
+    return Distortion(**dict.fromkeys(Distortion._fields) | dict(zip(used(form), nodes, strict=True)))
 
 
 def crop_windows(

@@ -22,7 +22,7 @@ from torch.utils.dlpack import from_dlpack
 from barlow.core import bands, dali, files, webdataset
 from barlow.core.errors import UserError
 from barlow.settings import params
-from barlow.training.distort import Distortion, augment, draw
+from barlow.training.distort import augment, draw, passed, received, used
 
 SHUFFLE_BYTES = 256 * 2**20  # of image files that are mixed with each other; a smaller set is shuffled as a whole
 BLOCKS = 64  # runs of neighbouring files in SHUFFLE_BYTES
@@ -36,13 +36,13 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 @pipeline_def(enable_conditionals=True, exec_dynamic=True)  # type: ignore[untyped-decorator]
 def view_pipeline(batches: Any, views: params.Views, count: int, form: bands.PixelFormat = bands.RGB) -> Any:
     """Decode once, distort `count` times; `batches` yields (`Samples.stored`, *draws of one view, *of the next)."""
-    n = len(Distortion._fields)
+    n = len(used(form))
     layout = None if form == bands.RGB else ["HWC", *[""] * (count * n)]
     encoded, *drawn = fn.external_source(batches, num_outputs=1 + count * n, layout=layout)
     device = "cpu" if Pipeline.current().device_id is None else "mixed"
     as_is = encoded if device == "cpu" else encoded.gpu()  # arrays
     pixels = dali.decoded(encoded, device) if form == bands.RGB else as_is
-    return tuple(augment(pixels, Distortion(*drawn[i * n : (i + 1) * n]), views, form) for i in range(count))
+    return tuple(augment(pixels, received(drawn[i * n : (i + 1) * n], form), views, form) for i in range(count))
 
 
 def epoch_order(n: int, fill: int, rng: np.random.Generator) -> Indices:
@@ -186,7 +186,7 @@ class TwinViews:
                     self._samples.prefetch(whole[batch + AHEAD, self._part])
                 # Counted from 1: numpy ignores a trailing 0, and [seed, epoch] is the seed of the order.
                 rng, sides = np.random.default_rng([self._seed, epoch, batch + 1]), self._samples.sides[whole[batch]]
-                drawn = (array for view in (0, 1) for array in draw(self._views, view, sides, rng))
+                drawn = (array for view in (0, 1) for array in passed(draw(self._views, view, sides, rng), self.form))
                 yield self._samples.stored(whole[batch, self._part]), *(array[self._part] for array in drawn)
             step = 0
 
@@ -211,7 +211,7 @@ def single_views(
 
     def source() -> Iterator[tuple[Any, ...]]:
         for batch in batches:
-            yield samples.stored(batch), *draw(views, 1, samples.sides[batch], rng)
+            yield samples.stored(batch), *passed(draw(views, 1, samples.sides[batch], rng), samples.form)
 
     options = {"batch_size": batch_size, "device_id": device_id, "num_threads": files.cpus()}
     pipeline = view_pipeline(source(), views, 1, samples.form, **options)
@@ -240,7 +240,8 @@ def pairs(tars: list[Path], views: params.Views, n: int, seed: int) -> tuple[Pix
     samples, rng = webdataset.Samples(tars), np.random.default_rng(seed)
     n = min(n, len(samples))
     sides = samples.sides[:n]
-    batch = (samples.stored(np.arange(n)), *draw(views, 0, sides, rng), *draw(views, 1, sides, rng))
+    drawn = (passed(draw(views, view, sides, rng), samples.form) for view in (0, 1))
+    batch = (samples.stored(np.arange(n)), *chain(*drawn))
     options = {"num_threads": files.cpus(), "device_id": None, "prefetch_queue_depth": 1}
     pipeline = view_pipeline(lambda: batch, views, 2, samples.form, batch_size=n, **options)
     mean, std = np.array(views.mean), np.array(views.std)
