@@ -1,10 +1,12 @@
 """Images of one channel and of five, with 16 bits, through the whole pipeline."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiffs import tiff
 
@@ -16,6 +18,7 @@ from barlow.encoder.encoder import Encoder
 from barlow.training import model, views
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SPLITS = ("train", "val", "test")
 CASES = {1: ("png", (0.5,), (0.25,)), 5: ("tif", (0.5,) * 5, (0.25,) * 5)}
 
 
@@ -38,15 +41,13 @@ def save(path, pixels):
 @pytest.fixture(scope="module", params=CASES)
 def project(request, smoke, tmp_path_factory):
     """A folder in which the stages have run on images of that many channels, and its params."""
-    import dataclasses
-
     channels = request.param
     folder = tmp_path_factory.mktemp("channels")
     extension, mean, std = CASES[channels]
     for split, count in {"train": 24, "val": 8, "test": 16}.items():
         for i in range(count):
             path = folder / "photos" / split / ["rows", "columns"][i % 2] / f"{i}.{extension}"
-            save(path, picture(channels, i + 100 * len(split) + (7 if split == "val" else 0) * 2))
+            save(path, picture(channels, i + 100 * SPLITS.index(split)))
 
     def change(section, **values):
         return dataclasses.replace(getattr(smoke, section), **values)
@@ -75,21 +76,52 @@ def test_shards_hold_the_pixels(project):
         assert sample.extension == "npy"
         pixels = bands.unpack(sample.data)
         i = int(path.stem)
-        assert (pixels == picture(form.channels, i + 100 * len("test"))).all()
+        assert (pixels == picture(form.channels, i + 100 * SPLITS.index("test"))).all()
         assert (pixels == bands.decode(path.read_bytes(), form)).all()
 
 
-def test_views_without_distortions_are_the_pixels(project, plain):
-    """At the size of the images, where nothing is resized."""
-    _, p = project
-    tars = webdataset.tars("val")
-    square = webdataset.Samples(tars)
-    settings = plain(size=28, mean=(0.0,), std=(1.0,))
-    view, numbers = next(views.single_views(square, np.array([0]), settings, 1, 1, seed=0))
-    assert view.shape == (1, p.model.channels, 28, 28)
-    wanted = bands.unpack(square.read(np.array([0]))[0]).astype(np.float64) / 65535
-    if wanted.shape[:2] == (28, 28):
-        assert np.abs(view[0].numpy().transpose(1, 2, 0) - wanted).max() < 1e-5
+def viewed(tmp_path, pixels, settings):
+    """Return one view of an image in a shard: (height, width, channels)."""
+    tar, (height, width, channels) = tmp_path / "val-000000.tar", pixels.shape
+    webdataset.write(tar, [webdataset.Sample("0" * 24, bands.pack(pixels), "npy", -1, height, width)])
+    (view, _) = next(views.single_views(webdataset.Samples([tar]), np.array([0]), settings, 1, 1, seed=0))
+    assert view.shape == (1, channels, settings.size, settings.size)
+    return view[0].numpy().transpose(1, 2, 0)
+
+
+@pytest.mark.parametrize("form", [(1, 8), (1, 16), (3, 16), (5, 8), (16, 16)])
+def test_views_without_distortions_are_the_pixels(form, plain, tmp_path):
+    form = PixelFormat(*form)
+    (pixels,) = bands.noise(1, 28, form)
+    view = viewed(tmp_path, pixels, plain(size=28, mean=(0.25,), std=(2.0,)))
+    assert np.abs(view - (pixels / form.white - 0.25) / 2).max() < 1e-6
+
+
+@pytest.mark.parametrize("form", [(1, 8), (1, 16), (3, 16), (5, 8), (16, 16)])
+def test_distortions_are_on_the_scale_of_the_bits(form, plain, tmp_path):
+    form = PixelFormat(*form)
+    (pixels,) = bands.noise(1, 28, form)
+    still = {"size": 28, "mean": (0.0,), "std": (1.0,)}
+    scale = pixels / form.white
+    solarized = viewed(tmp_path, pixels, plain(solarize=(0.0, 1.0), **still))
+    assert np.abs(solarized - np.minimum(scale, 1 - scale)).max() < 1e-6
+    flipped = viewed(tmp_path, pixels, plain(flip=1.0, **still))
+    assert np.abs(flipped - scale[:, ::-1]).max() < 1e-6
+    blurred = viewed(tmp_path, pixels, plain(blur=(1.0, 1.0), blur_sigma=(3.0, 3.0), **still))
+    assert np.abs(blurred.mean((0, 1)) - scale.mean((0, 1))).max() < 0.06
+    assert blurred.std() < scale.std() / 3
+    jittered = viewed(tmp_path, pixels, plain(jitter=1.0, brightness=0.5, contrast=0.5, **still))
+    inside = (jittered > 0.01) & (jittered < 0.99)
+    fitted = np.polyfit(scale[inside], jittered[inside], 1)  # brightness and contrast are one linear map
+    assert np.abs(np.polyval(fitted, scale[inside]) - jittered[inside]).max() < 0.01
+    assert abs(fitted[0] - 1) > 0.01
+
+
+def test_three_channels_of_16_bits_lose_their_colour(plain, tmp_path):
+    (pixels,) = bands.noise(1, 28, PixelFormat(3, 16))
+    grey = viewed(tmp_path, pixels, plain(size=28, mean=(0.0,), std=(1.0,), grayscale=1.0))
+    wanted = pixels / 65535 @ [0.299, 0.587, 0.114]  # ITU-R BT.601
+    assert np.abs(grey - wanted[:, :, None]).max() < 0.01
 
 
 def test_the_encoder_keeps_16_bits(project, tmp_path):
@@ -106,10 +138,7 @@ def test_the_encoder_keeps_16_bits(project, tmp_path):
     arrays, files_ = encoder.embed([a, b]), encoder.embed(paths)
     assert (arrays == files_).all()
     assert np.abs(arrays[0] - arrays[1]).max() > 1e-5
-    torch_encoder = model.load_encoder()[0]
-    import torch
-
-    wanted = torch_encoder(torch.from_numpy(np.stack([a, b]))).numpy()
+    wanted = model.load_encoder()[0](torch.from_numpy(np.stack([a, b]))).numpy()
     assert np.allclose(arrays, wanted, atol=1e-4)
 
 

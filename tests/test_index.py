@@ -183,7 +183,7 @@ def test_not_all_images_are_decoded_at_once(tmp_path, model, monkeypatch):
     for i in range(count):
         put(tmp_path / f"photos/{i:02d}.png", content)
     decoded = []
-    monkeypatch.setattr(index, "decode", lambda data, limit: decoded.append(0) or decode(data, limit))
+    monkeypatch.setattr(index, "decode", lambda data, *more: decoded.append(0) or decode(data, *more))
     monkeypatch.setattr(files, "cpus", lambda: 1)
     monkeypatch.setattr(index.Encoder, "run", lambda _, images: (ahead.append(len(decoded)) or r for r in run(images)))
 

@@ -94,7 +94,7 @@ def test_images_are_turned_as_pillow_does(orientation):
 def test_damaged_files_are_refused_with_a_reason():
     data = tiff(RNG.integers(0, 65536, (9, 12, 5)).astype(np.uint16), deflate=True)
     for damaged in (data[:3], data[:50], data[: len(data) // 2], data[:8] + bytes(60) + data[68:]):
-        with pytest.raises(ValueError, match="."):
+        with pytest.raises(ValueError, match=r"."):
             bands.decode(damaged, PixelFormat(5, 16))
 
 

@@ -34,9 +34,9 @@ def test_it_reads_what_was_written(dtype, order, separate, deflate, differences)
 def test_pages_are_channels():
     image = pixels(5)
     assert (tiff.read(written(image, paged=True), 5, None).pixels == image).all()
-    with pytest.raises(ValueError, match="^5 channels where model.channels=4 is expected$"):
+    with pytest.raises(ValueError, match=r"^5 channels where model.channels=4 is expected$"):
         tiff.read(written(image, paged=True), 4, None)
-    with pytest.raises(ValueError, match="^1 channel where model.channels=2 is expected$"):
+    with pytest.raises(ValueError, match=r"^1 channel where model.channels=2 is expected$"):
         tiff.read(written(image[:, :, :1]), 2, None)
 
 

@@ -11,7 +11,7 @@ from barlow.encoder import reading
 def test_files_are_read_ahead_in_order_and_only_a_few(monkeypatch):
     started, drawn = threading.Event(), []
 
-    def slow_first(path):
+    def slow_first(path, _):
         if path == "0":
             started.wait(5)  # until a later file was begun
         else:

@@ -46,6 +46,12 @@ def test_what_may_be_left_out_is_null_or_a_number(tmp_path, document, key, value
         ("model", "arch", "vit_tiny_patch16_224", "must be one of resnet10, resnet18, resnet34, resnet50, timm:*"),
         ("model", "arch", 18, "model.arch=18 is not allowed; it must be a text that is not empty; put it in quotes"),
         ("model", "arch", "timm:test_vit", "model.arch=timm:test_vit has a stem of its own; set model.stem: imagenet"),
+        ("model", "channels", 0, "model.channels=0 is not allowed; it must be from 1 to 16"),
+        ("model", "channels", 17, "model.channels=17 is not allowed; it must be from 1 to 16"),
+        ("model", "channels", 4, "views.mean has 3 values, and the images have model.channels=4; give one value"),
+        ("model", "bits", 12, "model.bits=12 is not allowed; it must be one of 8, 16"),
+        ("model", "bits", "8", "model.bits='8' is not allowed; it must be one of 8, 16"),
+        ("views", "std", [0.2, 0.2], "views.std has 2 values, and the images have model.channels=3; give one value"),
         ("views", "blur", [0.5], "views.blur=[0.5] is not allowed; it must be a list of 2 values"),
         ("views", "blur", [0.5, 2], "views.blur[1]=2 is not allowed; it must be from 0 to 1"),
         ("views", "crop_area", [1.0, 0.3], "views.crop_area=[1.0, 0.3] is not in ascending order; write [0.3, 1.0]"),
@@ -181,3 +187,15 @@ def test_the_old_name_of_a_section_is_told_with_its_new_one(tmp_path, request):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(UserError, match=r"params\.yaml: data is called ingest now; rename it$"):
         loading.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("name", ["saturation", "hue", "grayscale"])
+def test_colours_are_for_three_channels(tmp_path, document, name):
+    document["model"]["channels"] = 1
+    still = {"mean": [0.5], "std": [0.25], "saturation": 0, "hue": 0, "grayscale": 0}
+    document["views"] |= still
+    assert load(tmp_path, document).views.mean == (0.5,)
+    document["views"][name] = 0.25
+    text = f"views.{name}=0.25: needs three channels, and model.channels=1; set to 0"
+    with pytest.raises(UserError, match=re.escape(text)):
+        load(tmp_path, document)
