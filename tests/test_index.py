@@ -11,8 +11,8 @@ from pyarrow import parquet
 
 from barlow import cli, index
 from barlow.core import files, images, webdataset
+from barlow.core.bands import decode
 from barlow.core.errors import UserError
-from barlow.core.images import decode
 from barlow.encoder.encoder import Encoder
 from barlow.encoder.search import Index
 

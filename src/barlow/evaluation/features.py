@@ -28,7 +28,7 @@ Pixels = TypeVar("Pixels")
 class Split(NamedTuple):
     """Images of a split as the encoder sees them."""
 
-    features: Tensor  # (n, dim), float32; uint8 where they are pixels
+    features: Tensor  # (n, dim), float32; uint8 where they are pixels of 8 bits
     labels: Tensor  # int64 (n,), -1: none
     keys: list[str]
 

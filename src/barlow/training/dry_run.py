@@ -97,7 +97,7 @@ def measure(run: Training, embed: nn.Module, size: int, bf16: bool) -> tuple[flo
         SAMPLES,
         SAMPLES,
     ):  # the first gives the part that does not grow with n; the last is warmed up
-        views = torch.randn(2, n, 3, size, size, device=run.device)
+        views = torch.randn(2, n, run.views.form.channels, size, size, device=run.device)
         started = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
             with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
