@@ -74,7 +74,8 @@ def passed(drawn: Distortion, form: PixelFormat) -> list[Any]:
 
 def received(nodes: Sequence[Any], form: PixelFormat) -> Distortion:
     """Return the draws that `passed` let through."""
-    return Distortion(**dict.fromkeys(Distortion._fields) | dict(zip(used(form), nodes, strict=True)))
+    names = used(form)
+    return Distortion(*[nodes[names.index(name)] if name in names else None for name in Distortion._fields])
 
 
 def crop_windows(
@@ -115,7 +116,7 @@ def color_jitter(
         center = fn.reductions.mean(grayscale(pixels, form))
     # Arithmetic, since fn.brightness_contrast takes no `contrast_center` that lies on a GPU.
     pixels = brightness * (center + contrast * (pixels - center))
-    return fn.hsv(math.clamp(pixels, 0.0, float(form.white)), saturation=saturation, hue=hue, dtype=_type(form))
+    return _hsv(math.clamp(pixels, 0.0, float(form.white)), form, saturation=saturation, hue=hue)
 
 
 def brightness_contrast(pixels: Any, brightness: Any, contrast: Any, form: PixelFormat) -> Any:
@@ -128,7 +129,7 @@ def brightness_contrast(pixels: Any, brightness: Any, contrast: Any, form: Pixel
 def grayscale(pixels: Any, form: PixelFormat = RGB) -> Any:
     """Remove all colour, keep three channels."""
     if form.bits == 16:  # which the conversion below does not take
-        return fn.hsv(pixels, saturation=0.0, dtype=_type(form))
+        return _hsv(fn.cast(pixels, dtype=types.FLOAT), form, saturation=0.0)
     gray = fn.color_space_conversion(pixels, image_type=types.RGB, output_type=types.GRAY)
     return fn.color_space_conversion(gray, image_type=types.GRAY, output_type=types.RGB)
 
@@ -141,6 +142,13 @@ def blur(pixels: Any, sigma: Any) -> Any:
 def solarize(pixels: Any, form: PixelFormat = RGB) -> Any:
     """Invert values in the upper half: of 8 bits, 128 and above."""
     return math.min(pixels, pixels ^ types.Constant(form.white, dtype=_type(form)))
+
+
+def _hsv(pixels: Any, form: PixelFormat, **how: Any) -> Any:
+    """Change saturation and hue. DALI's operator gives no 16 bits, so these come from floats."""
+    if form.bits == 8:
+        return fn.hsv(pixels, dtype=types.UINT8, **how)
+    return fn.cast(fn.hsv(pixels, dtype=types.FLOAT, **how), dtype=types.UINT16)
 
 
 def _type(form: PixelFormat) -> Any:
