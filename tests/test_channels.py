@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from tiffs import tiff
 
-from barlow import evaluate, export, extract, index, ingest, pretrain, report, shard, validate
+from barlow import embed, evaluate, export, extract, finetune, index, ingest, pretrain, report, shard, validate
 from barlow.core import bands, files, webdataset
 from barlow.core.bands import PixelFormat
 from barlow.core.errors import UserError
@@ -153,9 +154,13 @@ def test_other_arrays_are_refused(project):
 
 def test_the_rest_takes_such_images(project):
     folder, p = project
+    finetune.run(dataclasses.replace(p, finetune=dataclasses.replace(p.finetune, draws=0)))
+    files.write_json(files.CLAIMS, {"claims": []})
     report.run(p)
     index.run()
     index.run([folder / "photos/test"], out="other")
+    embed.run([folder / "photos/test"], out=folder / "vectors.parquet")
+    assert parquet.read_table(folder / "vectors.parquet").num_rows == 16
     assert json.loads(files.EXPORTING.read_text())["parity"]["cosine_min"] > 0.9999
     assert f"dims: [ -1, -1, {p.model.channels} ]" in Path("models/triton/encoder/config.pbtxt").read_text()
     assert "TYPE_UINT16" in Path("models/triton/encoder/config.pbtxt").read_text()
