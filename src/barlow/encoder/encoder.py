@@ -60,11 +60,8 @@ class Encoder:
         outputs = {value.name: value.shape[-1] for value in self._session.get_outputs()}
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         channels, bits = self.metadata.get("channels", "3"), self.metadata.get("bits", "8")
-        if (
-            inputs != [("images", f"tensor(uint{bits})", 4)]
-            or "embedding" not in outputs
-            or "space" not in self.metadata
-        ):
+        written = "embedding" in outputs and "space" in self.metadata and channels.isdigit()
+        if inputs != [("images", f"tensor(uint{bits})", 4)] or not written:
             raise UserError(f"{path} was not written by `barlow export` (inputs {inputs}, outputs {[*outputs]})")
         self.form = PixelFormat(int(channels), int(bits))
         self.dim: int = outputs["embedding"]
