@@ -136,7 +136,8 @@ def _one_of(names: Sequence[str | int], value: Any, file: str, key: str) -> Any:
     close = difflib.get_close_matches(str(value), shown, 1, 0.5) if isinstance(names[0], str) else []
     hint = f"; did you mean {close[0]}?" if close else ""
     number = any(type(value) is type(name) and value == name for name in names)
-    passed = number or (isinstance(value, str) and any(fnmatch.fnmatchcase(value, name) for name in shown))
+    patterns = [name for name in names if isinstance(name, str)]
+    passed = number or (isinstance(value, str) and any(fnmatch.fnmatchcase(value, name) for name in patterns))
     _require(passed, file, key, value, f"one of {', '.join(shown)}{hint}")
     return value
 
