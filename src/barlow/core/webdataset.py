@@ -110,6 +110,7 @@ class Samples:
         self._offsets, self._sizes, self._label_offsets = np.array(spans, dtype=np.int64).reshape(-1, 3).T
         self._tar = np.repeat(np.arange(len(tars)), [len(part) for part in lines])
         self._tars = tars
+        self._arrays = bool(fields) and fields[0][0] == "npy"  # by the index: no tar is mapped yet
         self._mapped = lru_cache(OPEN_TARS)(self._map)
 
     def __len__(self) -> int:
@@ -131,7 +132,7 @@ class Samples:
     @cached_property
     def form(self) -> bands.PixelFormat:
         """The channels and bits of all images, which are those of the first."""
-        return bands.form_of(self.read(np.arange(1))[0]) if len(self) else bands.RGB
+        return bands.form_of(self.read(np.arange(1))[0]) if self._arrays else bands.RGB
 
     def stored(self, numbers: Indices) -> list[Any]:
         """Return images as DALI takes them: files as `read` does, or arrays (height, width, channels)."""
