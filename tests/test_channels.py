@@ -1,4 +1,4 @@
-"""Images of one channel and of five, with 16 bits, through the whole pipeline."""
+"""Images of 1, 5 and 7 channels, with 16 bits, through the whole pipeline."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from safetensors.torch import save_file
 from tiffs import tiff
 
 from barlow import embed, evaluate, export, extract, finetune, index, ingest, pretrain, report, shard, validate
@@ -16,11 +17,15 @@ from barlow.core import bands, files, webdataset
 from barlow.core.bands import PixelFormat
 from barlow.core.errors import UserError
 from barlow.encoder.encoder import Encoder
-from barlow.training import model, views
+from barlow.training import dry_run, model, views
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPLITS = ("train", "val", "test")
-CASES = {1: ("png", (0.5,), (0.25,)), 5: ("tif", (0.5,) * 5, (0.25,) * 5)}
+CASES = {  # by channels: the files, model.arch, and how many values views.mean and views.std have
+    1: ("png", "resnet10", 1),
+    5: ("tif", "resnet10", 5),
+    7: ("tif", "timm:test_convnext", 1),
+}
 
 
 def picture(channels, i):
@@ -44,7 +49,7 @@ def project(request, smoke, tmp_path_factory):
     """A folder in which the stages have run on images of that many channels, and its params."""
     channels = request.param
     folder = tmp_path_factory.mktemp("channels")
-    extension, mean, std = CASES[channels]
+    extension, arch, values = CASES[channels]
     for split, count in {"train": 24, "val": 8, "test": 16}.items():
         for i in range(count):
             path = folder / "photos" / split / ["rows", "columns"][i % 2] / f"{i}.{extension}"
@@ -56,17 +61,33 @@ def project(request, smoke, tmp_path_factory):
     p = dataclasses.replace(
         smoke,
         ingest=change("ingest", source=str(folder / "photos")),
-        model=change("model", channels=channels, bits=16, arch="resnet10", projector=(16, 16)),
-        views=change("views", size=16, mean=mean, std=std, saturation=0.0, hue=0.0, grayscale=0.0),
+        model=change("model", channels=channels, bits=16, arch=arch, stem="imagenet", projector=(16, 16)),
+        views=change(
+            "views", size=32, mean=(0.5,) * values, std=(0.25,) * values, saturation=0.0, hue=0.0, grayscale=0.0
+        ),
         pretrain=change("pretrain", epochs=2, warmup_epochs=1, batch_size=8, knn_epochs=1),
         evaluate=change("evaluate", labels_per_class=(2,), label_shares=(0.5,), draws=1, knn_k=3, probe_l2=(0.1,)),
         export=change("export", parity_images=3, calibration_images=4, max_accuracy_loss=100.0),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        if channels == 5:  # starts from a network of RGB
+            start = model.BarlowTwins(dataclasses.replace(p.model, channels=3), 32)
+            save_file(start.state_dict(), "start.safetensors")
+            p = dataclasses.replace(p, model=dataclasses.replace(p.model, weights="start.safetensors"))
         for stage in (ingest, validate, shard, pretrain, extract, evaluate, export):
             stage.run(p)
         yield folder, p
+
+
+@pytest.mark.parametrize("project", [5], indirect=True)
+def test_given_weights_of_other_channels_leave_out_the_first_layer(project):
+    _, p = project
+    (lines,) = [row for row in dry_run.describe(p).splitlines() if row.startswith("weights")]
+    assert "left out: conv1.weight (shape 64x3x7x7 in the file, 64x5x7x7 here)" in lines
+    assert "the projector too" in lines
+    assert lines.endswith("; the file's first layer takes model.channels: 3, not 5")
+    assert "start" in files.read_json(files.EVALUATION)["encoders"]
 
 
 def test_shards_hold_the_pixels(project):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -18,13 +19,15 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def encoder(tmp_path, monkeypatch, smoke):
-    """`encoder(arch, stem)` writes models/encoder.safetensors, with a projector, and returns the encoder."""
+    """`encoder(arch, stem, channels)` writes models/encoder.safetensors, with a projector, and returns the encoder."""
     monkeypatch.chdir(tmp_path)
 
-    def write(arch, stem="imagenet"):
+    def write(arch, stem="imagenet", channels=3):
         torch.manual_seed(0)
-        shape = dataclasses.replace(smoke.model, arch=arch, stem=stem)
-        views = dataclasses.replace(smoke.views, size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+        bits = 8 if channels == 3 else 16
+        shape = dataclasses.replace(smoke.model, arch=arch, stem=stem, channels=channels, bits=bits)
+        mean, std = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) if channels == 3 else ((0.4,), (0.2,))
+        views = dataclasses.replace(smoke.views, size=32, mean=mean, std=std)
         encoder = model.FrozenEncoder(shape, views)
         about = {"model": dataclasses.asdict(shape), "views": dataclasses.asdict(views), "version": "1", "data": "d"}
         projector = {"projector.0.weight": torch.ones(2, 2)}
@@ -39,8 +42,8 @@ def weights(*arguments):
 
 
 @torch.no_grad()
-def representations(network):
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+def representations(network, channels=3):
+    images = torch.randn(2, channels, 32, 32, generator=torch.Generator().manual_seed(1))
     return network.eval()(images)
 
 
@@ -71,6 +74,33 @@ def test_timms_network_loads_it_strictly(encoder, arch, theirs):
     card = Path("models/weights/timm/README.md").read_text()
     assert f"# {theirs}, pretrained by Barlow Twins" in card
     assert "3 epochs" in card
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5, 6, 16])  # 6: timm would take repeated RGB for granted
+@pytest.mark.parametrize("arch", ["resnet18", "timm:test_vit", "timm:test_convnext"])
+def test_timms_network_of_other_channels_loads_it(encoder, arch, channels):
+    wanted = representations(encoder(arch, channels=channels).backbone, channels)
+    assert weights("--format", "timm") == 0
+    assert json.loads(Path("models/weights/timm/config.json").read_text())["model_args"]["in_chans"] == channels
+    for given in ({}, {"in_chans": channels}):  # the folder's config.json, or the call
+        found = timm.create_model("local-dir:models/weights/timm", pretrained=True, num_classes=0, **given)
+        torch.testing.assert_close(representations(found, channels), wanted)
+    config = timm.data.resolve_model_data_config(found)
+    assert [*config["input_size"]] == [channels, 32, 32]
+    assert [*config["mean"]] == [0.4] * channels
+    assert [*config["std"]] == [0.2] * channels
+    assert f"{channels} channels, with values from 0 to 65535" in Path("models/weights/timm/README.md").read_text()
+
+
+def test_torchvision_has_three_channels_only(encoder, capsys):
+    encoder("resnet18", channels=5)
+    assert weights("--format", "torchvision") == 2
+    text = capsys.readouterr().err
+    assert "torchvision's resnet18 takes 3 channels, not model.channels=5; write --format timm" in text
+    assert text.count("\n") == 1
+    assert not Path("models/weights").exists()
+    assert weights("--format", "safetensors") == 0
+    assert load_file("models/weights/backbone.safetensors")["conv1.weight"].shape == (64, 5, 7, 7)
 
 
 def test_any_backbone_is_written_as_plain_safetensors(encoder):

@@ -44,7 +44,7 @@ def run(format: str, out: str | None = None) -> None:  # noqa: A002, the flag's 
         network = layouts.of_timm(encoder.backbone, shape)
         shown = {"name": shape.arch.removeprefix(params.TIMM), "version": about["version"], "data": about["data"]}
         shown |= {"epochs": about["pretrain"]["epochs"], "whitened": "whitened" if shape.whiten else "as it is"}
-        layouts.write_folder(path, network, views, shown)
+        layouts.write_folder(path, network, shape, views, shown)
     elif format == "torchvision":
         layouts.write(path, layouts.of_torchvision(encoder.backbone, shape))
     else:

@@ -101,6 +101,36 @@ def test_another_stem_is_named(network, smoke, tmp_path):
     assert "the file's first layer is that of model.stem: imagenet, not of stride" in text
 
 
+@pytest.mark.parametrize(
+    ("channels", "stem", "text"),
+    [
+        (3, "stride", "takes model.channels: 3, not 5"),
+        (1, "small", "takes model.channels: 1, not 5"),
+        (3, "imagenet", "takes model.channels: 3, not 5 and is that of model.stem: imagenet, not of stride"),
+        (5, "imagenet", "is that of model.stem: imagenet, not of stride"),
+    ],
+)
+def test_other_channels_are_named_and_the_rest_is_taken(smoke, tmp_path, channels, stem, text):
+    torch.manual_seed(5)
+    file = model.BarlowTwins(dataclasses.replace(smoke.model, channels=channels, stem=stem), 24)
+    params = dataclasses.replace(smoke, model=dataclasses.replace(smoke.model, channels=5))
+    network = model.BarlowTwins(params.model, 24)
+    new = copy.deepcopy(network.backbone.conv1)
+    told = put(file.backbone.state_dict(), network, tmp_path, params)
+    side = 7 if stem == "imagenet" else 3
+    left_out = f"conv1.weight (shape 64x{channels}x{side}x{side} in the file, 64x5x3x3 here)"
+    assert told.endswith(f"left out: {left_out}; the file's first layer {text}")
+    assert same(network.backbone.conv1, new)
+    network.backbone.conv1 = file.backbone.conv1
+    assert same(network.backbone, file.backbone)
+
+
+def test_a_first_layer_of_no_stem_gets_no_advice(network, smoke, tmp_path):
+    tensors = network.backbone.state_dict() | {"conv1.weight": torch.ones(32, 3, 3, 3)}
+    told = put(tensors, network, tmp_path, smoke)
+    assert told.endswith("left out: conv1.weight (shape 32x3x3x3 in the file, 64x3x3x3 here)")
+
+
 def test_a_file_of_another_architecture_is_refused(network, smoke, tmp_path):
     before = copy.deepcopy(network)
     with pytest.raises(UserError, match=r"only \d+\.\d % of the parameters of model\.arch=resnet10 match") as caught:

@@ -39,14 +39,12 @@ def _resnet(model: params.Model) -> Backbone:
     """
     block = resnet.Bottleneck if model.arch == "resnet50" else resnet.BasicBlock
     network = resnet.ResNet(block, LAYERS[model.arch], zero_init_residual=model.zero_init_residual)
+    if (model.stem, model.channels) != ("imagenet", 3):
+        kernel, stride = {"imagenet": (7, 2), "small": (3, 1), "stride": (3, 2)}[model.stem]
+        network.conv1 = nn.Conv2d(model.channels, 64, kernel, stride, padding=kernel // 2, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     if model.stem != "imagenet":
-        stride = {"small": 1, "stride": 2}[model.stem]
-        network.conv1 = nn.Conv2d(model.channels, 64, kernel_size=3, stride=stride, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
-    elif model.channels != 3:
-        network.conv1 = nn.Conv2d(model.channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.dim = network.fc.in_features
     network.fc = nn.Identity()
     return cast(Backbone, network)

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from barlow.core import files
+from barlow.core.bands import PixelFormat
 from barlow.core.errors import UserError
 from barlow.settings.params import TIMM, Model, Views
 
@@ -26,8 +27,9 @@ tags: [barlow-twins, self-supervised]
 # {name}, pretrained by Barlow Twins on images without labels
 
 Made by barlow {version} from {epochs} epochs over images with the data hash {data}. It has no classifier: the output is
-the pooled representation of {dim} numbers. Images are resized to {size} x {size} px (bilinear), and normalised by mean
-{mean} and standard deviation {std}. What barlow itself serves is this representation {whitened}.
+the pooled representation of {dim} numbers. Images have {channels} channels, with values from 0 to {white}, which are
+scaled to 0 to 1. They are resized to {size} x {size} px (bilinear), and normalised by mean {mean} and standard
+deviation {std}. What barlow itself serves is this representation {whitened}.
 
 ```python
 import timm
@@ -47,6 +49,11 @@ def of_torchvision(backbone: nn.Module, model: Model) -> dict[str, Tensor]:
         UserError: torchvision has no such network.
     """
     _require(model, "torchvision", "")
+    if model.channels != 3:
+        raise UserError(
+            f"torchvision's {model.arch} takes 3 channels, not model.channels={model.channels}; write --format timm, "
+            "whose networks take any number, or --format safetensors"
+        )
     tensors = {**backbone.state_dict()}
     tensors["fc.weight"] = torch.zeros(CLASSES, int(backbone.dim))  # type: ignore[arg-type]
     tensors["fc.bias"] = torch.zeros(CLASSES)
@@ -64,7 +71,7 @@ def of_timm(backbone: nn.Module, model: Model) -> Any:
     _require(model, "timm", f", or model.arch: {TIMM}NAME")
     if model.arch.startswith(TIMM):
         return backbone
-    network = timm.create_model(model.arch, num_classes=0)
+    network = timm.create_model(model.arch, num_classes=0, in_chans=model.channels)
     network.load_state_dict(backbone.state_dict())
     return network
 
@@ -81,18 +88,20 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
             torch.save(plain, temporary)
 
 
-def write_folder(folder: Path, network: Any, views: Views, about: Mapping[str, Any]) -> None:
+def write_folder(folder: Path, network: Any, model: Model, views: Views, about: Mapping[str, Any]) -> None:
     """Write model.safetensors, config.json in timm's format and README.md, the model card."""
     from timm.models import _hub
 
-    size = (3, views.size, views.size)
-    data: dict[str, Any] = {"input_size": size, "test_input_size": size, "mean": views.mean, "std": views.std}
+    size = (model.channels, views.size, views.size)
+    mean, std = (values * model.channels if len(values) == 1 else values for values in (views.mean, views.std))
+    data: dict[str, Any] = {"input_size": size, "test_input_size": size, "mean": mean, "std": std}
     data |= {"interpolation": "bilinear", "crop_pct": 1.0, "test_crop_pct": 1.0, "crop_mode": "squash"}
     write(folder / "model.safetensors", network.state_dict())
     with files.replacing(folder / "config.json") as temporary:
-        _hub.save_config_for_hf(network, str(temporary), {"pretrained_cfg": data})
+        _hub.save_config_for_hf(network, temporary, {"pretrained_cfg": data}, {"in_chans": model.channels})
     with files.replacing(folder / "README.md") as temporary:
-        shown = {"size": views.size, "mean": [*views.mean], "std": [*views.std], "dim": network.num_features}
+        shown = {"size": views.size, "mean": [*mean], "std": [*std], "dim": network.num_features}
+        shown |= {"channels": model.channels, "white": PixelFormat(model.channels, model.bits).white}
         temporary.write_text(CARD.format(**shown, **about), encoding="utf-8")
 
 

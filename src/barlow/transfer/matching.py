@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def load(weights: str, key: str, params: Params, backbone: nn.Module, projector:
         parts.append(text)
     beside = {f"{_beside(found.prefix)}{name}" for name in head}
     missed = _reasons({name: why for name, why in found.left_out.items() if name not in beside})
-    missed += _stem(found, params.model)
+    missed += _first_layer(found, params.model)
     if found.share < LEAST:
         raise UserError(
             f"{given}: only {100 * found.share:.1f} % of the parameters of model.arch={params.model.arch} match, and "
@@ -157,13 +158,17 @@ def _reasons(left_out: Mapping[str, str]) -> str:
     return "; ".join(lines)
 
 
-def _stem(found: Match, model: Model) -> str:
-    """Say which stem a ResNet's file has, if it is another one."""
-    reason = found.left_out.get("conv1.weight", "")
-    if model.arch.startswith(TIMM) or not reason.startswith("shape"):
+def _first_layer(found: Match, model: Model) -> str:
+    """Say which channels and which stem a ResNet's file has, if others."""
+    shape = re.match(r"shape 64x(\d+)x(3x3|7x7) in the file", found.left_out.get("conv1.weight", ""))
+    if model.arch.startswith(TIMM) or not shape:
         return ""
-    stems = "imagenet" if reason.startswith("shape 64x3x7x7") else "small or stride"
-    return f"; the file's first layer is that of model.stem: {stems}, not of {model.stem}"
+    channels, kernel = shape.groups()
+    parts = [f"takes model.channels: {channels}, not {model.channels}"] if int(channels) != model.channels else []
+    if (kernel == "7x7") != (model.stem == "imagenet"):
+        stems = "imagenet" if kernel == "7x7" else "small or stride"
+        parts.append(f"is that of model.stem: {stems}, not of {model.stem}")
+    return f"; the file's first layer {' and '.join(parts)}"
 
 
 def _shape(tensor: Tensor) -> str:
