@@ -26,9 +26,9 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from barlow.core import files
-from barlow.core.bands import PixelFormat
+from barlow.core.bands import PixelFormat, Pixels
 from barlow.core.errors import UserError
-from barlow.encoder.encoder import Encoder, Pixels, Vectors, unit
+from barlow.encoder.encoder import Encoder, Vectors, unit
 from barlow.encoder.reading import find, read_ahead
 from barlow.encoder.registry import Registry, Version
 from barlow.production.two_sample import FOLDS, auc, auc_interval, cross_fitted_scores, mmd_test, whitened

@@ -16,8 +16,9 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from barlow.core import files
+from barlow.core.bands import Pixels
 from barlow.core.errors import UserError
-from barlow.encoder.encoder import Encoder, Pixels, Vectors, top1
+from barlow.encoder.encoder import Encoder, Vectors, top1
 from barlow.encoder.reading import find, read_ahead
 
 ROW_GROUP = 4096  # rows, at least: a large file with small row groups is slow to read

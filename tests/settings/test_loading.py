@@ -196,6 +196,6 @@ def test_colours_are_for_three_channels(tmp_path, document, name):
     document["views"] |= still
     assert load(tmp_path, document).views.mean == (0.5,)
     document["views"][name] = 0.25
-    text = f"views.{name}=0.25: needs three channels, and model.channels=1; set to 0"
+    text = f"views.{name}=0.25: needs three channels, and the images have model.channels=1; set to 0"
     with pytest.raises(UserError, match=re.escape(text)):
         load(tmp_path, document)

@@ -115,16 +115,17 @@ def _grey(image: Image.Image, bits: int) -> Pixels:
     if bits == 8 or not (low >= 0 and high <= 65535):
         return images.to_8_bits(image)  # which says what is wrong
     factor = 65535 if image.mode == "F" and high <= 1 else 257 if high <= 255 else 1
-    return (wide.astype(np.float64) * factor).round().astype(np.uint16)
+    sixteen: Pixels = (wide.astype(np.float64) * factor).round().astype(np.uint16)
+    return sixteen
 
 
 def scaled(pixels: Pixels, bits: int) -> Pixels:
     """Return pixels with 8 or 16 bits per value: white stays white."""
     if pixels.dtype.itemsize * 8 == bits:
         return pixels
-    if bits == 16:
-        return pixels.astype(np.uint16) * np.uint16(257)
-    return (pixels.astype(np.float32) / 257).round().astype(np.uint8)
+    wide = pixels.astype(np.uint16) * np.uint16(257) if bits == 16 else (pixels.astype(np.float32) / 257).round()
+    other: Pixels = wide.astype(f"uint{bits}")
+    return other
 
 
 def _turned(pixels: Pixels, orientation: int) -> Pixels:
@@ -164,7 +165,8 @@ def shrunk(pixels: Pixels, max_side: int) -> Pixels:
     size = (max(round(width * factor), 1), max(round(height * factor), 1))
     planes = [Image.fromarray(pixels[:, :, i].astype(np.float32)) for i in range(channels)]
     small = np.stack([np.asarray(plane.resize(size, Image.Resampling.LANCZOS)) for plane in planes], axis=2)
-    return small.round().clip(0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
+    rounded: Pixels = small.round().clip(0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
+    return rounded
 
 
 def resized(pixels: Pixels, width: int, height: int) -> Pixels:
@@ -172,7 +174,8 @@ def resized(pixels: Pixels, width: int, height: int) -> Pixels:
     if pixels.shape[2] == 3 and pixels.dtype == np.uint8:
         return np.asarray(Image.fromarray(pixels).resize((width, height)))
     rows, columns = (np.arange(n) * old // n for n, old in zip((height, width), pixels.shape[:2], strict=True))
-    return pixels[rows[:, None], columns]
+    nearest: Pixels = pixels[rows[:, None], columns]
+    return nearest
 
 
 def preview(pixels: Pixels) -> images.Pixels:

@@ -89,9 +89,8 @@ def _read_image(path: Path, max_pixels: int, form: PixelFormat) -> dict[str, Any
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             return {"error": "not a regular file"}
-        if (
-            status.st_size > 16_000_000 + max(8, 2 * form.channels) * max_pixels
-        ):  # 16 bits, at least RGBA: a film is not read into memory
+        most = max(2 * form.channels, 8)  # bytes per pixel: 16 bits, and at least RGBA
+        if status.st_size > 16_000_000 + most * max_pixels:  # a film is not read into memory
             return {
                 "sha256": files.sha256(path),
                 "error": f"{status.st_size} bytes, more than ingest.max_pixels can fill",
@@ -110,7 +109,7 @@ def _read_image(path: Path, max_pixels: int, form: PixelFormat) -> dict[str, Any
     except Exception as error:  # a broken file can make a decoder raise anything
         return facts | {"error": " ".join(str(error).split())[:200] or type(error).__name__}
     n, total, squares = (int((np.arange(len(histogram)) ** power * histogram).sum()) for power in (0, 1, 2))
-    white = len(histogram) - 1
+    scale = 255 / (len(histogram) - 1)
     return facts | {
         "greys": min(np.count_nonzero(histogram), 2**15 - 1),
         "width": image.width,
@@ -118,10 +117,8 @@ def _read_image(path: Path, max_pixels: int, form: PixelFormat) -> dict[str, Any
         "mode": image.mode,
         "format": image.format,
         "pixels": images.digest(image.pixels),
-        "brightness": round(total / n * (255 / white), 3),
-        "contrast": round(
-            math.sqrt(n * squares - total**2) / n * (255 / white), 3
-        ),  # the integers under the root are exact
+        "brightness": round(scale * total / n, 3),
+        "contrast": round(scale * math.sqrt(n * squares - total**2) / n, 3),  # the integers under the root are exact
         "orientation": image.orientation,
     }
 

@@ -19,7 +19,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
 from barlow.core import bands, webdataset
-from barlow.encoder.encoder import Pixels
+from barlow.core.bands import Pixels
 
 LINEAR = ("Conv", "MatMul", "Gemm")  # operators with weights
 

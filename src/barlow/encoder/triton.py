@@ -45,8 +45,5 @@ def write(onnx: Path, repository: Path) -> None:
     with files.replacing(repository / "encoder/1/model.onnx") as temporary:
         shutil.copyfile(onnx, temporary)
     with files.replacing(repository / "encoder/config.pbtxt") as temporary:
-        temporary.write_text(
-            CONFIG.format(
-                max_batch=MAX_BATCH, outputs=",\n  ".join(outputs), delay=QUEUE_DELAY, **encoder.form._asdict()
-            )
-        )
+        numbers = {"max_batch": MAX_BATCH, "delay": QUEUE_DELAY, **encoder.form._asdict()}
+        temporary.write_text(CONFIG.format(outputs=",\n  ".join(outputs), **numbers))

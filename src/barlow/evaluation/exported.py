@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from barlow.core import bands, webdataset
+from barlow.core.bands import Pixels
 from barlow.core.errors import GateError
-from barlow.encoder.encoder import Encoder, Pixels
+from barlow.encoder.encoder import Encoder
 from barlow.evaluation import probe
 from barlow.evaluation.features import Split, labelled, through
 from barlow.evaluation.figures import Top1

@@ -19,8 +19,9 @@ from torch.export import Dim
 
 from barlow import __version__
 from barlow.core import bands, files, provenance, webdataset
+from barlow.core.bands import Pixels
 from barlow.core.errors import UserError
-from barlow.encoder.encoder import Encoder, Pixels, Vectors, batches
+from barlow.encoder.encoder import Encoder, Vectors, batches
 from barlow.evaluation.figures import Parity, Speed
 from barlow.settings.params import Export
 from barlow.training import model

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from barlow.core import files
-from barlow.core.bands import PixelFormat, decode
+from barlow.core.bands import PixelFormat, Pixels, decode
 from barlow.core.images import TooManyPixelsError, UnknownFormatError
-from barlow.encoder.encoder import Encoder, Pixels, Vectors
+from barlow.encoder.encoder import Encoder, Vectors
 from barlow.serving.limits import RequestError
 from barlow.serving.metrics import Metrics
 from barlow.settings.flags import Flags

@@ -55,15 +55,14 @@ def _check_channels(params: Params, prefix: str) -> None:
     channels, views = params.model.channels, params.views
     for key, values in (("views.mean", views.mean), ("views.std", views.std)):
         if len(values) not in (1, channels):
-            remedy = (
-                f"give one value, such as [0.5], or {channels}" if channels > 1 else "give one value, such as [0.5]"
-            )
             text = f"{key} has {len(values)} values, and the images have model.channels={channels}"
-            raise UserError(f"{prefix}{text}; {remedy}")
+            raise UserError(f"{prefix}{text}; give one value for all, such as [0.5], or one per channel")
     coloured = [name for name in ("saturation", "hue", "grayscale") if getattr(views, name)]
     if channels != 3 and coloured:
         keys = ", ".join(f"views.{name}={getattr(views, name):g}" for name in coloured)
-        raise UserError(f"{prefix}{keys}: needs three channels, and model.channels={channels}; set to 0")
+        raise UserError(
+            f"{prefix}{keys}: needs three channels, and the images have model.channels={channels}; set to 0"
+        )
 
 
 def check_microbatch(p: Pretrain, processes: int, prefix: str = "") -> None:

@@ -159,8 +159,8 @@ def normalize(
     pixels: Any, mirror: Any, mean: tuple[float, ...], std: tuple[float, ...], form: PixelFormat = RGB
 ) -> Any:
     """Flip where `mirror` is 1, and turn 0 to white into float32 (channels, height, width), normalised."""
-    scaled = {"mean": [form.white * m for m in mean], "std": [form.white * s for s in std]}
-    return fn.crop_mirror_normalize(pixels, mirror=mirror, output_layout="CHW", **scaled)
+    means, stds = [form.white * m for m in mean], [form.white * s for s in std]
+    return fn.crop_mirror_normalize(pixels, mirror=mirror, output_layout="CHW", mean=means, std=stds)
 
 
 def augment(pixels: Any, drawn: Distortion, views: params.Views, form: PixelFormat = RGB) -> Any:
