@@ -25,7 +25,7 @@ class Watched:
     """An encoder that notes its batches and, on request, waits for `go` before it computes."""
 
     def __init__(self, encoder, wait=False):
-        self.encoder, self.batches = encoder, []
+        self.encoder, self.form, self.batches = encoder, encoder.form, []
         self.entered, self.go = threading.Semaphore(0), threading.Event()
         if not wait:
             self.go.set()

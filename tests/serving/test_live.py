@@ -224,6 +224,8 @@ def test_a_request_ends_on_the_model_it_began_with(tmp_path, write):
             old, entered, released = served.current, threading.Event(), threading.Event()
 
             class Slow:
+                form = old.encoder.form
+
                 def run(self, *arguments):
                     entered.set()
                     assert released.wait(60)

@@ -1,14 +1,17 @@
 import json
+import re
 
 import numpy as np
 import pytest
 
+from barlow.core.bands import PixelFormat
 from barlow.encoder.encoder import Encoder
 from barlow.serving import oip
 from barlow.serving.limits import RequestError
 from barlow.settings.flags import Flags
 
 KNOWN = ["embedding", "logits"]
+FIVE = PixelFormat(5, 16)
 
 
 def tensor(**changed):
@@ -41,6 +44,37 @@ def test_tensors_come_through_as_they_are(shape, form):
         request = parse({"inputs": [tensor(shape=[*shape], data=data)]})
     assert request.images.dtype == np.uint8
     np.testing.assert_array_equal(request.images, images)
+
+
+def sixteen(tail=b"", **changed):
+    """Parse a request of one image of 1 x 2 px with five channels of 16 bits, with changed keys."""
+    good = {"datatype": "UINT16", "shape": [1, 1, 2, 5], "data": [0, 1, 255, 256, 65535] * 2}
+    body = json.dumps({"inputs": [tensor(**good | changed)]}).encode()
+    return oip.parse(body + tail, str(len(body)) if tail else None, KNOWN, Flags(), FIVE).images
+
+
+def test_tensors_of_16_bits_come_through_as_they_are():
+    wanted = np.array([0, 1, 255, 256, 65535] * 2, "<u2").reshape(1, 1, 2, 5)
+    size = {"data": None, "parameters": {"binary_data_size": 20}}
+    for images in (sixteen(), sixteen(data=wanted.tolist()), sixteen(tail=wanted.tobytes(), **size)):
+        assert images.dtype == np.uint16
+        np.testing.assert_array_equal(images, wanted)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"datatype": "UINT8"}, "inputs[0] is 'images', 'UINT8'; it must be 'images', 'UINT16'"),
+        ({"shape": [1, 1, 2, 3]}, "inputs[0].shape is [1, 1, 2, 3]; it must be [batch, height, width, 5]"),
+        ({"data": [65536] * 10}, "inputs[0].data must be 10 whole numbers from 0 to 65535"),
+        ({"data": [-1] * 10}, "inputs[0].data must be 10 whole numbers from 0 to 65535"),
+        ({"data": None, "parameters": {"binary_data_size": 10}, "tail": bytes(10)}, "inputs[0] has 10 bytes"),
+    ],
+)
+def test_other_tensors_than_the_encoders_are_refused(changed, reason):
+    with pytest.raises(RequestError, match=re.escape(reason)) as refused:
+        sixteen(**changed)
+    assert refused.value.status == 400
 
 
 def test_outputs_are_all_or_those_asked_for():

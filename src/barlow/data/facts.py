@@ -83,7 +83,7 @@ def read_chunk(root: Path, paths: list[str], max_pixels: int, form: PixelFormat 
     return pa.RecordBatch.from_pylist([_read_image(root / path, max_pixels, form) for path in paths], FACTS)
 
 
-def _read_image(path: Path, max_pixels: int, form: PixelFormat) -> dict[str, Any]:
+def _read_image(path: Path, max_pixels: int, form: PixelFormat = RGB) -> dict[str, Any]:
     """Return the FACTS of one file. Any failure becomes its `error`: short, and without the path."""
     try:
         status = path.stat()
