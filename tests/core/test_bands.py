@@ -67,6 +67,23 @@ def test_another_number_of_channels_is_refused():
             bands.decode(data, PixelFormat(channels, 8))
 
 
+@pytest.mark.parametrize("form", [RGB, PixelFormat(1, 16)])
+def test_a_tiff_of_several_channels_says_how_many(form):
+    data = tiff(RNG.integers(0, 65536, (9, 12, 5)).astype(np.uint16))
+    with pytest.raises(ValueError, match=f"^5 channels where model.channels={form.channels} is expected$"):
+        bands.decode(data, form)
+    with pytest.raises(images.UnknownFormatError, match=r"^not an image in a known format$"):
+        bands.decode(b"no image", form)
+    with pytest.raises(images.UnknownFormatError, match=r"^format TIFF; decoded are PNG$"):
+        bands.decode(data, form, formats=("PNG",))
+
+
+def test_a_truncated_tiff_is_named_as_that():
+    data = tiff(RNG.integers(0, 65536, (9, 12, 5)).astype(np.uint16), deflate=True)
+    with pytest.raises(ValueError, match=r"^damaged or truncated \(decoder error -?\d+\)$"):
+        bands.decode(data[:-40], PixelFormat(5, 16))
+
+
 def test_rgba_is_four_channels():
     rgba = RNG.integers(0, 256, (9, 12, 4)).astype(np.uint8)
     assert (bands.decode(file(Image.fromarray(rgba)), PixelFormat(4, 8)) == rgba).all()

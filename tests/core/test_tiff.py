@@ -71,3 +71,11 @@ def test_other_kinds_are_refused(tags, reason):
 def test_the_orientation_is_told():
     assert tiff.read(written(pixels(5), t274=6), 5, None).orientation == 6
     assert tiff.read(written(pixels(5), t274=77), 5, None).orientation == 1
+
+
+def test_pillow_does_not_say_how_many_channels_a_file_has():
+    for channels in (1, 3):
+        with pytest.raises(ValueError, match=rf"^5 channels where model.channels={channels} is expected$"):
+            tiff.check(written(pixels(5)), channels)
+    for data in (b"", b"no TIFF", written(pixels(5))[:40]):
+        tiff.check(data, 3)

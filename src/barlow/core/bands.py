@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from barlow.core import images, tiff
-from barlow.core.images import FORMATS
+from barlow.core.images import FORMATS, UnknownFormatError
 
 Pixels = np.ndarray[Any, np.dtype[Any]]  # (height, width, channels), uint8 or uint16
 MULTIBAND = "MULTIBAND"  # the mode of an image that Pillow has no name for
@@ -64,7 +64,7 @@ def decode(
     Raises:
         ValueError: as `images.open_image`, or the image has another number of channels.
     """
-    return images.decode(data, max_pixels, formats) if form == RGB else read(data, form, max_pixels, formats).pixels
+    return read(data, form, max_pixels, formats).pixels
 
 
 def read(data: bytes, form: PixelFormat, max_pixels: int | None, formats: tuple[str, ...]) -> Decoded:
@@ -78,7 +78,12 @@ def read(data: bytes, form: PixelFormat, max_pixels: int | None, formats: tuple[
             return Decoded(upright, width, height, MULTIBAND, "TIFF", page.orientation)
     if form.bits == 16 and data.startswith(PNG) and data[24:25] == b"\x10" and data[25:26] != b"\0":
         raise ValueError("a PNG with 16 bits and several channels, of which Pillow reads 8 bits; save it as TIFF")
-    image = images.open_image(data, max_pixels, formats)
+    try:
+        image = images.open_image(data, max_pixels, formats)
+    except UnknownFormatError:
+        if "TIFF" in formats:
+            tiff.check(data, form.channels)
+        raise
     facts = (image.width, image.height, image.mode, image.format or "", images.orientation(image))
     return Decoded(of_image(image, form), *facts)
 

@@ -172,4 +172,6 @@ def reasons() -> Iterator[None]:
     except (TooManyPixelsError, UnknownFormatError):
         raise
     except Exception as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+        text = " ".join(str(error).split()) or type(error).__name__
+        # libtiff's errors are numbers
+        raise ValueError(f"damaged or truncated ({text})" if text.startswith("decoder error") else text) from error

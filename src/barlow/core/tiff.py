@@ -61,6 +61,16 @@ def read(data: bytes, channels: int, max_pixels: int | None) -> Stored | None:
     return Stored(pixels, orientation if orientation in TURNS else 1)
 
 
+def check(data: bytes, channels: int) -> None:
+    """Raise ValueError if a file is a TIFF with another number of channels; Pillow only says that it is unknown."""
+    try:
+        (page,) = _pages(data, 1)
+        samples = int(page.get(SAMPLES, 1))
+    except Exception:  # a damaged TIFF, or another file
+        return
+    check_channels(samples, channels)
+
+
 def _pages(data: bytes, most: int) -> Iterator[dict[int, Any]]:
     """Yield the tags of the first `most` pages."""
     file = io.BytesIO(data)
