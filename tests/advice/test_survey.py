@@ -6,6 +6,7 @@ from PIL import Image
 from barlow.advice import survey
 from barlow.advice.recipe import Images
 from barlow.core import webdataset
+from barlow.core.bands import PixelFormat
 from barlow.core.errors import UserError
 from barlow.data import manifest
 
@@ -64,6 +65,19 @@ def test_the_sample_is_a_shard_of_shrunk_images(accepted, tmp_path):
     samples = list(webdataset.read([tmp_path / "a.tar"]))
     assert [(max(s.height, s.width), s.label) for s in samples] == [(30, -1)] * 3
     assert len({s.data for s in samples}) == 3
+
+
+@pytest.mark.parametrize("form", [PixelFormat(1, 16), PixelFormat(3, 16), PixelFormat(4, 8)])
+def test_images_of_other_formats_are_sampled_as_arrays(accepted, tmp_path, form):
+    draw = {1: grey, 3: colour, 4: lambda i, side: colour(i, side).convert("CMYK")}[form.channels]
+    found = survey.look(accepted(SPLITS, draw), tmp_path, 30, tmp_path / "a.tar", form)
+    assert found.grey is (form.channels != 3)  # there are no colours to change
+    samples = webdataset.Samples([tmp_path / "a.tar"])
+    assert samples.form == form
+    assert [pixels.shape for pixels in samples.stored(np.arange(3))] == [
+        (*sides, form.channels) for sides in samples.sides
+    ]
+    assert samples.sides.max() == 30
 
 
 def test_many_large_images_are_not_all_decoded(accepted, tmp_path, monkeypatch):
