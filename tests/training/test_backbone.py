@@ -168,7 +168,8 @@ def wanted(piped, smoke):
     network, represent = oracle(piped)
     tensors = load_weights(files.ENCODER)[0]
     mean, whitening = (tensors.pop(f"whitening.{name}").double().numpy() for name in ("mean", "weight"))
-    network.eval().load_state_dict({name.removeprefix("backbone."): value for name, value in tensors.items()})
+    backbone = {name.removeprefix("backbone."): w for name, w in tensors.items() if name.startswith("backbone.")}
+    network.eval().load_state_dict(backbone)
     resize = v2.Resize((SIZE, SIZE), antialias=True)
     normalise = v2.Normalize(smoke.views.mean, smoke.views.std)
     rows = [resize(torch.tensor(picture).permute(2, 0, 1).float()) for picture in pictures()]
