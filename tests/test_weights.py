@@ -89,7 +89,9 @@ def test_timms_network_of_other_channels_loads_it(encoder, arch, channels):
     assert [*config["input_size"]] == [channels, 32, 32]
     assert [*config["mean"]] == [0.4] * channels
     assert [*config["std"]] == [0.2] * channels
-    assert f"{channels} channels, with values from 0 to 65535" in Path("models/weights/timm/README.md").read_text()
+    card = " ".join(Path("models/weights/timm/README.md").read_text().split())
+    assert f"{channels} channels, with values from 0 to 65535" in card
+    assert f"by mean {[0.4] * channels} and standard deviation {[0.2] * channels}." in card
 
 
 def test_torchvision_has_three_channels_only(encoder, capsys):
